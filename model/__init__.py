@@ -1,0 +1,65 @@
+"""Networks by name: `NAME` is the standard one, `NAME_sparse` the same architecture with cheap convolutions.
+
+To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
+`(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order
+(model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from functools import partial
+
+from torch import nn
+
+from model.conv import cheap_convs, standard_convs
+from utils.errors import UserError
+
+SPARSE = "_sparse"
+
+ARCHITECTURES = {
+    module.name: networks
+    for module in pkgutil.iter_modules(__path__)
+    if (networks := getattr(importlib.import_module(f"{__name__}.{module.name}"), "NETWORKS", None))
+}
+_BUILDERS = {name: builder for networks in ARCHITECTURES.values() for name, builder in networks.items()}
+
+
+def names() -> list[str]:
+    """Every name that `build` takes."""
+    return sorted(name + suffix for name in _BUILDERS for suffix in ("", SPARSE))
+
+
+def check_name(name: str, known: list[str], what: str) -> None:
+    """Raise a UserError that lists the names close to an unknown one."""
+    if name not in known:
+        raise UserError(f"unknown {what} '{name}': try {', '.join(difflib.get_close_matches(name, known) or known)}")
+
+
+def build(
+    name: str,
+    num_classes: int = 10,
+    conv: str = "depthwise",
+    groups: int = 4,
+    pruned_num: int | None = None,
+    **kwargs,
+) -> nn.Module:
+    """A freshly initialized network.
+
+    Args:
+        name: as in `resnet_56` (standard; conv, groups and pruned_num do not apply) or `resnet_56_sparse`.
+        conv: the cheap convolution of a `_sparse` network, "depthwise", "group" or "shift".
+        groups: of each group convolution.
+        pruned_num: how many convolutions are cheap, counted from the output side; None for all.
+        kwargs: of the architecture, as in `shortcut="A"` for ResNets.
+
+    Raises:
+        UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
+    """
+    check_name(name, names(), "network")
+    plan = partial(cheap_convs, kind=conv, groups=groups, pruned_num=pruned_num) if is_sparse(name) else standard_convs
+    return _BUILDERS[name.removesuffix(SPARSE)](num_classes=num_classes, convs=plan, **kwargs)
+
+
+def is_sparse(name: str) -> bool:
+    return name.endswith(SPARSE)

@@ -1,0 +1,45 @@
+"""N students side by side, and the online teacher made of them (arXiv 1909.13063, section 3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Students(nn.Module):
+    """N networks trained on the same batch, without an online teacher: with N = 1, plain training.
+
+    `forward`: (B, 3, H, W) -> (student_logits (N, B, K), None).
+    """
+
+    def __init__(self, students: Sequence[nn.Module]):
+        super().__init__()
+        if not students:
+            raise ValueError("there must be at least one student")
+        self.students = nn.ModuleList(students)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.stack([student(x) for student in self.students]), None
+
+
+class OnlineTeacher(Students):
+    """N students whose concatenated feature maps make a stronger network, the online teacher, with its own classifier.
+
+    Head: concatenate (B, sum C, H, W) - BatchNorm - ReLU - global average pool - Linear. Students follow timm's
+    protocol (`forward_features`, `forward_head`, `num_features`) and give feature maps of one height and width.
+    Features are computed once, for the students' own logits and for the head; nothing is detached.
+    """
+
+    def __init__(self, students: Sequence[nn.Module], num_classes: int):
+        super().__init__(students)
+        channels = sum(student.num_features for student in students)
+        self.norm = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> (student_logits (N, B, K), teacher_logits (B, K))."""
+        features = [student.forward_features(x) for student in self.students]
+        student_logits = [student.forward_head(f) for student, f in zip(self.students, features, strict=True)]
+        fused = F.relu(self.norm(torch.cat(features, dim=1)))
+        return torch.stack(student_logits), self.fc(fused.mean((2, 3)))

@@ -1,0 +1,118 @@
+"""The cheap convolutions against slow, obvious references."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.conv import KINDS, CheapConv2d, Shift2d, cheap_convs, count_cheap
+
+
+def slow_shift(x, kernel_size):
+    """The definition, an element at a time."""
+    out = torch.zeros_like(x)
+    _, channels, height, width = x.shape
+    moved = kernel_size**2 * (channels // kernel_size**2)
+    for c in range(channels):
+        dx = c % kernel_size - kernel_size // 2 if c < moved else 0
+        dy = (c // kernel_size) % kernel_size - kernel_size // 2 if c < moved else 0
+        for y in range(height):
+            for x_ in range(width):
+                if 0 <= y + dy < height and 0 <= x_ + dx < width:
+                    out[:, c, y, x_] = x[:, c, y + dy, x_ + dx]
+    return out
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7)])
+@pytest.mark.parametrize(
+    ("kernel_size", "channels"), [(3, 1), (3, 8), (3, 9), (3, 16), (3, 20), (5, 24), (5, 53), (7, 48), (7, 50)]
+)
+def test_shift_moves_each_channel_by_its_offset(kernel_size, channels, size, memory_format):
+    x = torch.randn(2, channels, *size, dtype=torch.float64).to(memory_format=memory_format)
+    out = Shift2d(channels, kernel_size)(x)
+    assert torch.equal(out, slow_shift(x, kernel_size))
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kernel_size", "channels"), [(3, 7), (3, 20), (5, 27)])
+def test_shift_gradient(kernel_size, channels, memory_format):
+    x = torch.randn(1, channels, 3, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    shift = Shift2d(channels, kernel_size)
+    assert torch.autograd.gradcheck(shift, x)
+    assert torch.autograd.gradgradcheck(shift, x)
+
+
+def test_shift_does_not_spread_an_infinity():
+    x = torch.zeros(1, 9, 3, 3)
+    x[0, 0, 1, 1] = torch.inf
+    out = Shift2d(9)(x)
+    assert out.isinf().sum() == 1
+    assert not out.isnan().any()
+
+
+def slow_conv(x, weight, stride, padding, groups):
+    """A convolution as a sum over its definition."""
+    out_channels, group_in, k, _ = weight.shape
+    x = nn.functional.pad(x, [padding] * 4)
+    height, width = ((size - k) // stride + 1 for size in x.shape[2:])
+    out = x.new_zeros(len(x), out_channels, height, width)
+    for o in range(out_channels):
+        first = o // (out_channels // groups) * group_in
+        for y in range(height):
+            for x_ in range(width):
+                window = x[:, first : first + group_in, y * stride : y * stride + k, x_ * stride : x_ * stride + k]
+                out[:, o, y, x_] = (window * weight[o]).sum((1, 2, 3))
+    return out
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cheap_convolution_is_its_spatial_then_its_pointwise_stage(kind, stride, kernel_size):
+    conv = CheapConv2d(12, 5, kernel_size, stride, kind, groups=3).double()
+    x = torch.randn(2, 12, 7, 6, dtype=torch.float64)
+    if kind == "shift":
+        spatial = slow_shift(x, kernel_size)
+    else:
+        spatial = slow_conv(x, conv.spatial.weight, 1, kernel_size // 2, {"depthwise": 12, "group": 3}[kind])
+    expected = slow_conv(spatial, conv.pointwise.weight, stride, 0, 1)
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("depthwise", {"spatial.weight": (12, 1, 3, 3), "pointwise.weight": (5, 12, 1, 1)}),
+        ("group", {"spatial.weight": (12, 4, 3, 3), "pointwise.weight": (5, 12, 1, 1)}),
+        ("shift", {"pointwise.weight": (5, 12, 1, 1)}),
+    ],
+)
+def test_state_dict_holds_the_weights_of_the_two_stages_alone(kind, keys):
+    conv = CheapConv2d(12, 5, kind=kind, groups=3)
+    assert {key: tuple(value.shape) for key, value in conv.state_dict().items()} == keys
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "group", "groups": 5}, "groups = 5 does not divide the 12 channels"),
+        ({"kind": "group", "groups": 0}, "groups = 0"),
+        ({"kind": "dense"}, "depthwise, group, shift"),
+        ({"kernel_size": 4}, "odd kernel"),
+    ],
+)
+def test_impossible_convolutions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CheapConv2d(12, 5, **arguments)
+
+
+def test_plan_prunes_from_the_output_side():
+    built = [conv(16, 16) for conv in cheap_convs(5, "shift", 4, pruned_num=2)]
+    assert [count_cheap(conv) for conv in built] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("pruned_num", [-1, 6])
+def test_plan_refuses_a_pruned_num_out_of_range(pruned_num):
+    with pytest.raises(ValueError, match="5 replaceable convolutions"):
+        cheap_convs(5, "shift", 4, pruned_num)

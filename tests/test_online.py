@@ -1,0 +1,78 @@
+"""The online teacher against its definition, and what learns from what."""
+
+import pytest
+import torch
+
+import model
+from model.online import OnlineTeacher, Students
+from utils.losses import online_distillation
+
+
+def students(count, **arguments):
+    torch.manual_seed(0)
+    return [model.build("resnet_20_sparse", num_classes=5, **arguments) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_head_is_concatenate_norm_relu_pool_linear(count):
+    online = OnlineTeacher(students(count), num_classes=5).double().train()
+    with torch.no_grad():
+        online.norm.weight.normal_()
+        online.norm.bias.normal_()
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    student_logits, teacher_logits = online(x)
+
+    features = torch.cat([student.forward_features(x) for student in online.students], dim=1)
+    mean = features.mean((0, 2, 3), keepdim=True)
+    variance = ((features - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    normalized = (features - mean) / (variance + 1e-5).sqrt()
+    scaled = normalized * online.norm.weight[:, None, None] + online.norm.bias[:, None, None]
+    pooled = torch.where(scaled > 0, scaled, 0).flatten(2).mean(2)
+    torch.testing.assert_close(teacher_logits, pooled @ online.fc.weight.T + online.fc.bias)
+    assert online.fc.weight.shape == (5, 64 * count)
+    for logits, student in zip(student_logits, online.students, strict=True):
+        torch.testing.assert_close(logits, student(x))
+
+
+def test_features_are_computed_once():
+    online = OnlineTeacher(students(3), num_classes=5)
+    calls = []
+    for student in online.students:
+        student.conv1.register_forward_hook(lambda *_: calls.append(1))
+    online(torch.randn(2, 3, 8, 8))
+    assert len(calls) == 3
+
+
+def gradients(module):
+    return {key: None if p.grad is None else p.grad.clone() for key, p in module.named_parameters()}
+
+
+def test_online_term_alone_moves_the_head_and_every_student():
+    """Mutual: the teacher's logits are not detached."""
+    online = OnlineTeacher(students(2), num_classes=5)
+    student_logits, teacher_logits = online(torch.randn(8, 3, 8, 8))
+    targets = torch.arange(8) % 5
+    online_distillation(student_logits, teacher_logits, targets, lam=1.0)["kl_online"].backward()
+    assert all(grad is not None and grad.any() for grad in gradients(online).values())
+
+
+def test_nothing_reaches_the_pretrained_teacher():
+    pretrained = model.build("resnet_20", num_classes=5)
+    online = OnlineTeacher(students(2), num_classes=5)
+    x = torch.randn(8, 3, 8, 8)
+    losses = online_distillation(*online(x), torch.arange(8) % 5, lam=0.8, pretrained_logits=pretrained(x), miu=1.0)
+    losses["loss"].backward()
+    assert all(grad is None for grad in gradients(pretrained).values())
+    assert all(grad is not None and grad.any() for grad in gradients(online).values())
+
+
+def test_students_without_online_teacher():
+    learner = Students(students(2))
+    student_logits, teacher_logits = learner(torch.randn(3, 3, 8, 8))
+    assert student_logits.shape == (2, 3, 5)
+    assert teacher_logits is None
+
+
+def test_no_students_is_an_error():
+    with pytest.raises(ValueError, match="at least one student"):
+        OnlineTeacher([], 10)
