@@ -7,17 +7,26 @@ from data.folder import folder
 from data.sources import Source, Split, cifar, digits, stratified_split
 from utils.errors import UserError
 
+DOWNLOADS = Path(__file__).with_name("downloads")
 NAMES = ("digits", "cifar10", "cifar100", "folder")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set cut into training, validation and test images; `source` has its classes and statistics."""
+    """A data set cut into training, validation and test images; `source` has its classes and statistics.
 
+    With val_size 0, `val` is `test`.
+    """
+
+    name: str
     source: Source
     train: Split
     val: Split
     test: Split
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -26,13 +35,14 @@ class DataSet:
         return channels, height, width
 
 
-def load(name: str, data_dir: Path, val_size: float, workers: int = 1) -> DataSet:
+def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1) -> DataSet:
     """Load a data set by name and split the validation set from its training set.
 
     The split is stratified and depends on the data and val_size alone, so that a pretrained teacher, its students and
     their refinement, whatever their seeds, validate on the same images and train on none of them.
 
     Args:
+        data_dir: None for the default, data/downloads; the digits need none, a folder needs its own.
         val_size: a fraction below 1 or a number of images. 0: validate on the test set.
 
     Raises:
@@ -43,17 +53,19 @@ def load(name: str, data_dir: Path, val_size: float, workers: int = 1) -> DataSe
     if name == "digits":
         source = digits()
     elif name == "folder":
+        if data_dir is None:
+            raise UserError("--dataset folder needs --data_dir, the folder with train/<class>/* and test/<class>/*")
         source = folder(data_dir, workers)
     else:
-        source = cifar(name, data_dir)
+        source = cifar(name, data_dir or DOWNLOADS)
 
     if val_size == 0:
-        return DataSet(source, source.train, source.test, source.test)
+        return DataSet(name, source, source.train, source.test, source.test)
     if source.val is not None:
-        return DataSet(source, source.train, source.val, source.test)
+        return DataSet(name, source, source.train, source.val, source.test)
     count = len(source.train)
     size = max(1, round(val_size * count)) if val_size < 1 else int(val_size)
     if size >= count - 1:
         raise UserError(f"--val_size {val_size:g} leaves nothing to train on: there are {count} training images")
     val, train = stratified_split(source.train.targets, size)
-    return DataSet(source, source.train[train], source.train[val], source.test)
+    return DataSet(name, source, source.train[train], source.train[val], source.test)

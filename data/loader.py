@@ -1,11 +1,13 @@
 """Batches from images in memory: crops, flips and normalization happen on the device, on whole batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import DataSet
 from data.sources import Split
 
 
@@ -13,7 +15,7 @@ class Batches:
     """Normalized batches of a split, in order: (B, 3, H, W) float32 in channels_last, and (B,) targets."""
 
     def __init__(
-        self, split: Split, batch_size: int, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+        self, split: Split, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.targets = torch.from_numpy(split.targets).to(device)
@@ -77,3 +79,27 @@ class AugmentedBatches(Batches):
         for chosen in order.to(device).split(self.batch_size):
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
             yield self._normalize(crops), self.targets[chosen]
+
+
+class Loaders(NamedTuple):
+    train: AugmentedBatches
+    val: Batches
+    test: Batches
+
+
+def make_loaders(
+    dataset: DataSet,
+    train_batch_size: int,
+    eval_batch_size: int,
+    seed: int,
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Loaders:
+    """The batches of the three splits, normalized by mean and std (of pixels in 0 .. 1)."""
+    source = dataset.source
+    train = AugmentedBatches(
+        dataset.train, train_batch_size, mean, std, device, padding=source.padding, flip=source.flip, seed=seed
+    )
+    val, test = (Batches(split, eval_batch_size, mean, std, device) for split in (dataset.val, dataset.test))
+    return Loaders(train, val, test)

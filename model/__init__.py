@@ -30,8 +30,15 @@ def names() -> list[str]:
     return sorted(name + suffix for name in _BUILDERS for suffix in ("", SPARSE))
 
 
-def check_name(name: str, known: list[str], what: str) -> None:
-    """Raise a UserError that lists the names close to an unknown one."""
+def check_architecture(arch: str, name: str) -> None:
+    """Raise a UserError unless `name` is a network of the architecture `arch`, a file of this folder."""
+    _check_name(arch, list(ARCHITECTURES), "architecture")
+    _check_name(name, names(), "network")
+    if name.removesuffix(SPARSE) not in ARCHITECTURES[arch]:
+        raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(ARCHITECTURES[arch])}")
+
+
+def _check_name(name: str, known: list[str], what: str) -> None:
     if name not in known:
         raise UserError(f"unknown {what} '{name}': try {', '.join(difflib.get_close_matches(name, known) or known)}")
 
@@ -56,7 +63,7 @@ def build(
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
-    check_name(name, names(), "network")
+    _check_name(name, names(), "network")
     plan = partial(cheap_convs, kind=conv, groups=groups, pruned_num=pruned_num) if is_sparse(name) else standard_convs
     return _BUILDERS[name.removesuffix(SPARSE)](num_classes=num_classes, convs=plan, **kwargs)
 

@@ -1,0 +1,123 @@
+"""Refine a compressed student and export the better of before and after.
+
+    python finetune.py --refine experiment/digits/resnet_pruned_18.pt --pruned --job_dir experiment/digits_refined
+    python finetune.py --refine experiment/digits/checkpoint/last.pt --job_dir experiment/digits_refined
+
+With --pruned, --refine is an exported student; without, a training checkpoint, whose best student is taken out of it.
+The file says what network it is and, unless flags say otherwise, which data to refine it on.
+"""
+
+from utils import options
+
+if __name__ == "__main__":
+    ARGS = options.parse("finetune")  # before the imports below, which take seconds: --help and typos answer at once
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import data
+from data import DataSet
+from data.loader import Loaders, make_loaders
+from model import build
+from model.online import Students
+from utils import checkpoint, report
+from utils.cost import Cost, count
+from utils.device import describe, pick_device, pick_precision
+from utils.engine import Trainer, top1
+from utils.errors import UserError, run_script
+from utils.job import Job
+from utils.report import Row
+from utils.teacher import load_teacher
+
+
+def main(args: argparse.Namespace) -> None:
+    # Everything that can be wrong comes first: nothing is written before all of it is in order.
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine)
+    take_from_file(args, source)
+    job = Job(args.job_dir, f"{args.arch}_pruned_{args.pruned_num}.pt")
+    resumed = job.checkpoint_to_resume(args.resume)
+    if not args.test_only:
+        if args.reset and args.refine.resolve().is_relative_to(args.job_dir.resolve()):
+            raise UserError(f"--reset would delete {args.refine}, the file to refine: choose another --job_dir")
+        job.check(resumed, args.reset)
+    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
+    if dataset.classes != source["classes"]:
+        raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
+    mean, std = source["mean"], source["std"]
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
+    num_classes = len(dataset.classes)
+    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes).to(device) if args.teacher_dir else None
+    before = copy.deepcopy(student).to(device)
+    trainer = Trainer(Students([student]), teacher, args, device, precision)
+    if args.test_only:
+        print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
+        return
+    meta = source | {"config": options.configuration(args)}
+    if resumed:
+        trainer.resume(resumed, job, meta)
+
+    job.open(meta["config"], trainer.epoch, args.reset)
+    job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}")
+    if args.resume:
+        job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
+    trainer.fit(loaders.train, loaders.val, job, meta, start_counts=True)
+
+    trainer.load_best(job)
+    rows = results(args, trainer, before, teacher, source, loaders, dataset)
+    report.publish(job, rows, trainer, meta, dataset, device)
+    job.close()
+
+
+def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
+    """Fill in from the refined file's metadata what the flags leave open.
+
+    Raises:
+        UserError: a flag that says of the network what the file contradicts.
+    """
+    stated = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
+    for flag, key in stated.items():
+        if getattr(args, flag) not in (None, source[key]):
+            raise UserError(f"--{flag} {getattr(args, flag)}, but {args.refine} says {source[key]}: leave out --{flag}")
+        setattr(args, flag, source[key])
+    config = source["config"]
+    if args.dataset in (None, config["dataset"]):
+        args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
+    args.dataset = args.dataset or config["dataset"]
+    args.val_size = config["val_size"] if args.val_size is None else args.val_size
+    args.teacher_model = args.teacher_model or config["teacher_model"]
+
+
+def results(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    before: nn.Module,
+    teacher: nn.Module | None,
+    source: dict[str, Any],
+    loaders: Loaders,
+    dataset: DataSet,
+) -> list[Row]:
+    """The student before and after, beside the networks of the run that it comes from, the standard one first."""
+    size, splits = dataset.input_size, (loaders.val, loaders.test)
+    known = {network["name"]: network for network in source.get("networks", [])}
+    name = report.standard_name(args.teacher_model)
+    standard = teacher or build(args.teacher_model, len(dataset.classes))  # untrained, to compare costs with
+    if teacher:
+        accuracies = [top1(teacher, batches) for batches in splits]
+    else:
+        accuracies = [known[name][split] if name in known else None for split in ("val", "test")]
+    rows = [Row(name, count(standard, size), *accuracies, standard)]
+    for title, network in (("student, before", before), ("student, refined", trainer.best_student)):
+        rows.append(Row(title, count(network, size), *(top1(network, batches) for batches in splits), network))
+    if online := known.get(report.ONLINE_TEACHER):
+        rows.append(Row(report.ONLINE_TEACHER, Cost(online["params"], online["macs"]), online["val"], online["test"]))
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(ARGS))

@@ -1,0 +1,151 @@
+"""Train cheap-convolution students with an online teacher and export the best of them.
+
+    python main.py --dataset digits --teacher_model resnet_20 --num_epochs 20 --job_dir experiment/digits
+    python main.py --teacher_dir teacher.pt --teacher_model resnet_56 --student_model resnet_56_sparse \\
+        --lambda 0.8 --miu 1 --job_dir experiment/resnet/lambda_0.8_miu_1
+    python main.py --pretrain --teacher_model resnet_56 --job_dir experiment/resnet/teacher
+"""
+
+from utils import options
+
+if __name__ == "__main__":
+    ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import data
+from data import DataSet
+from data.loader import Batches, Loaders, make_loaders
+from model import build, check_architecture
+from model.conv import count_cheap
+from model.online import OnlineTeacher, Students
+from utils import checkpoint, report
+from utils.cost import count
+from utils.device import describe, pick_device, pick_precision
+from utils.engine import Trainer, evaluate, top1
+from utils.errors import UserError, run_script
+from utils.job import Job
+from utils.report import Row
+from utils.teacher import load_teacher
+
+
+def main(args: argparse.Namespace) -> None:
+    # Everything that can be wrong comes first: nothing is written before all of it is in order.
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    check_networks(args)
+    job = Job(args.job_dir, f"{args.teacher_model}.pt" if args.pretrain else f"{args.arch}_pruned_{args.pruned_num}.pt")
+    resumed = job.checkpoint_to_resume(args.resume)
+    if not args.test_only:
+        job.check(resumed, args.reset)
+    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
+    num_classes, mean, std = len(dataset.classes), dataset.source.mean, dataset.source.std
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
+    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes).to(device) if args.teacher_dir else None
+    torch.manual_seed(args.seed)
+    trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision)
+    if args.test_only:
+        print_test(resumed or job.best, trainer.learner, teacher, loaders.test)
+        return
+    meta = describe_run(args, dataset)
+    if resumed:
+        trainer.resume(resumed, job, meta)
+
+    job.open(meta["config"], trainer.epoch, args.reset)
+    job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}")
+    if args.resume:
+        job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
+    if teacher:
+        job.logger.info(f"pretrained teacher: {top1(teacher, loaders.val):.2f} % on the validation set")
+    trainer.fit(loaders.train, loaders.val, job, meta)
+
+    trainer.load_best(job)
+    report.publish(job, results(args, trainer, teacher, loaders, dataset), trainer, meta, dataset, device)
+    job.close()
+
+
+def check_networks(args: argparse.Namespace) -> None:
+    """Raise a UserError for networks that cannot be built, before data is read; puts a number to --pruned_num."""
+    check_architecture(args.arch, args.teacher_model)
+    if args.pretrain:
+        args.pruned_num = 0
+    else:
+        check_architecture(args.arch, args.student_model)
+        args.pruned_num = count_cheap(build_student(args, num_classes=1))
+
+
+def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    return build(args.student_model, num_classes, args.conv, args.groups, args.pruned_num)
+
+
+def build_learner(args: argparse.Namespace, num_classes: int) -> Students:
+    """What is trained: the standard network alone, or students with an online teacher.
+
+    One student that no online teacher teaches (--lambda 0) needs none: plain training, or offline distillation.
+    """
+    if args.pretrain:
+        return Students([build(args.teacher_model, num_classes)])
+    students = [build_student(args, num_classes) for _ in range(args.num_students)]
+    return Students(students) if args.num_students == 1 and not args.lam else OnlineTeacher(students, num_classes)
+
+
+def describe_run(args: argparse.Namespace, dataset: DataSet) -> dict[str, Any]:
+    """The metadata of this run's checkpoints and of the network that it exports."""
+    return {
+        "arch": args.arch,
+        "model": args.teacher_model if args.pretrain else args.student_model,
+        "conv": args.conv,
+        "groups": args.groups,
+        "pruned_num": args.pruned_num,
+        "num_classes": len(dataset.classes),
+        "classes": dataset.classes,
+        "input_size": list(dataset.input_size),
+        "mean": list(dataset.source.mean),
+        "std": list(dataset.source.std),
+        "config": options.configuration(args),
+    }
+
+
+def results(
+    args: argparse.Namespace, trainer: Trainer, teacher: nn.Module | None, loaders: Loaders, dataset: DataSet
+) -> list[Row]:
+    """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
+    learner, best, size = trainer.learner, trainer.best_student, dataset.input_size
+    standard = best if args.pretrain else teacher
+    accuracies = [top1(standard, batches) for batches in (loaders.val, loaders.test)] if standard else (None, None)
+    standard = standard or build(args.teacher_model, len(dataset.classes))  # untrained, to compare costs with
+    rows = [Row(report.standard_name(args.teacher_model), count(standard, size), *accuracies, standard)]
+    if args.pretrain:
+        return rows
+    val, test = (evaluate(learner, batches, "fp32")["accuracy"] for batches in (loaders.val, loaders.test))
+    for i, (student, *accuracies) in enumerate(zip(learner.students, val["students"], test["students"], strict=True)):
+        name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
+        rows.append(Row(name, count(student, size), *accuracies, network))
+    if "online_teacher" in val:
+        cost = count(learner, size)
+        rows.append(Row(report.ONLINE_TEACHER, cost, val["online_teacher"], test["online_teacher"], learner))
+    return rows
+
+
+def print_test(path: Path, learner: Students, teacher: nn.Module | None, test: Batches) -> None:
+    """Print the test accuracies of the pretrained teacher, if given, and of a training checkpoint, if there is one."""
+    if not path.exists() and not teacher:
+        raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
+    if teacher:
+        print(f"pretrained teacher: {top1(teacher, test):.2f} % on the test set")
+    if path.exists():
+        checkpoint.load_weights(learner, checkpoint.load_checkpoint(path)["model"], str(path))
+        accuracy = evaluate(learner, test, "fp32")["accuracy"]
+        for i, value in enumerate(accuracy["students"], start=1):
+            print(f"student {i}: {value:.2f} % on the test set")
+        if "online_teacher" in accuracy:
+            print(f"online teacher: {accuracy['online_teacher']:.2f} % on the test set")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(ARGS))

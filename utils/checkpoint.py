@@ -1,0 +1,143 @@
+"""Files of weights: training checkpoints, exported networks, and reading either without running any code in it.
+
+A training checkpoint holds everything to go on from: all students, the online teacher, the optimizer, the best so far.
+An exported network is one network alone. Both carry the same `meta`, which says how to build the network and what it
+was trained on, so that a file needs nothing beside it. Plain dictionaries of tensors, numbers and strings.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import build
+from utils.errors import UserError
+from utils.files import atomic_write
+
+CHECKPOINT, NETWORK = "training checkpoint", "exported network"
+_KEYS = {
+    CHECKPOINT: {"epoch", "model", "optimizer", "scores", "best", "meta"},
+    NETWORK: {"state_dict", "meta"},
+}
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that `load` reads, in one piece or not at all."""
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU. Tensors and plain containers only: no code in it is run.
+
+    Raises:
+        UserError: no such file, or one that torch.load does not read safely.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is damaged, cut off, or holds more than weights ({reason[0]})"
+        ) from error
+
+
+def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
+    """Write one network, self-describing, in float32; `load_student` reads it."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    save(path, {"kind": NETWORK, "state_dict": weights, "meta": meta})
+
+
+def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """An exported network, in eval mode on the CPU, and its metadata.
+
+    The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes`, `classes`, `input_size` (C, H, W),
+    `mean` and `std` of the normalization (of pixels in 0 .. 1), `accuracy` (top-1 in %), and the run's `config`.
+
+    Raises:
+        UserError (a ValueError): the file is missing, damaged, or no exported network.
+    """
+    path = Path(path)
+    content = load(path)
+    if kind_of(content) == CHECKPOINT:
+        raise UserError(f"{path} is a training checkpoint, not an exported network: leave out --pruned")
+    if kind_of(content) != NETWORK:
+        raise UserError(f"{path} is not a network that main.py or finetune.py exported")
+    return _restore(path, content["state_dict"], content["meta"])
+
+
+def best_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The student of a training checkpoint that was best on the validation set, as `load_student` gives it.
+
+    Raises:
+        UserError: the file is missing, damaged, or no training checkpoint of students.
+    """
+    content = load_checkpoint(path)
+    prefix = f"students.{best_of(content['scores'])}."
+    weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
+    return _restore(path, weights, content["meta"])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint.
+
+    Raises:
+        UserError: the file is missing, damaged, or no training checkpoint.
+    """
+    content = load(path)
+    if kind_of(content) == NETWORK:
+        raise UserError(f"{path} is an exported network, not a training checkpoint: finetune.py takes it with --pruned")
+    if kind_of(content) != CHECKPOINT:
+        raise UserError(f"{path} is not a training checkpoint of main.py or finetune.py")
+    return content
+
+
+def best_of(scores: dict[str, dict[str, Any]]) -> int:
+    """Index of the student with the highest accuracy; among equals the one with the lowest loss."""
+    accuracies, losses = scores["accuracy"]["students"], scores["loss"]["students"]
+    return max(range(len(accuracies)), key=lambda i: (accuracies[i], -losses[i]))
+
+
+def kind_of(content: Any) -> str | None:
+    """CHECKPOINT or NETWORK for complete files of this program, None for others."""
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if kind in _KEYS and _KEYS[kind] <= content.keys() else None
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load a state dict that must match exactly.
+
+    Raises:
+        UserError: it does not; the first missing, unexpected and misshapen keys are named.
+    """
+    own = network.state_dict()
+    problems = []
+    if missing := [key for key in own if key not in weights]:
+        problems.append(f"{len(missing)} missing, first {missing[0]}")
+    if unexpected := [key for key in weights if key not in own]:
+        problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+    for key in own:
+        if key in weights and weights[key].shape != own[key].shape:
+            problems.append(f"{key} is {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network")
+            break
+    if problems:
+        raise UserError(f"{source} does not match: {'; '.join(problems)}")
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{source} cannot be used: {key} holds values that are not finite")
+    network.load_state_dict(weights)
+
+
+def _restore(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num")}
+        network = build(meta["model"], **specification)
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        raise UserError(f"{path} does not say how to build its network: {error}") from error
+    load_weights(network, weights, f"{path} as {meta['model']}")
+    return network.eval(), meta

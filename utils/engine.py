@@ -1,0 +1,268 @@
+"""The training loop, shared by main.py and finetune.py."""
+
+import argparse
+import math
+import shutil
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.loader import AugmentedBatches, Batches
+from model.online import Students
+from utils import checkpoint
+from utils.device import autocast
+from utils.errors import UserError
+from utils.job import Job, flatten
+from utils.losses import online_distillation
+
+Scores = dict[str, dict[str, Any]]
+"""{"accuracy": ..., "loss": ...}, accuracies in %; each with "students", a list, and perhaps "online_teacher"."""
+
+# Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what.
+MAY_CHANGE = {
+    "num_epochs", "job_dir", "data_dir", "teacher_dir", "refine", "pruned", "eval_batch_size", "device", "precision",
+    "compile", "workers", "print_freq",
+}  # fmt: skip
+
+
+class Trainer:
+    """Trains a learner (Students or OnlineTeacher) with the objective that the flags describe.
+
+    Args:
+        teacher: the pretrained teacher, frozen and in eval mode, or None.
+
+    Attributes:
+        epoch: epochs done.
+        best: epoch, student (its index), accuracy and loss of the best student on the validation set so far.
+    """
+
+    def __init__(
+        self,
+        learner: Students,
+        teacher: nn.Module | None,
+        args: argparse.Namespace,
+        device: torch.device,
+        precision: str,
+    ):
+        self.learner = learner.to(device, memory_format=torch.channels_last)
+        self.teacher = teacher if args.miu else None
+        self.device, self.precision = device, precision
+        self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
+        self.objective = partial(
+            online_distillation, lam=args.lam, temperature=args.temperature, miu=args.miu, reduction=args.kl_reduction
+        )
+        self.optimizer = torch.optim.SGD(
+            learner.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+        )
+        if args.scheduler == "step":
+            self.learning_rate = partial(step_rate, args.lr, args.lr_decay_step)
+        else:
+            self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
+        if args.compile == "on":
+            learner.compile()
+        self.epoch, self.best, self.resumed_best = 0, None, None
+
+    def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """One step of SGD. Returns the loss and its terms, and the correct answers of each student and the teacher."""
+        with autocast(self.device, self.precision):
+            student_logits, teacher_logits = self.learner(images)
+            pretrained_logits = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    pretrained_logits = self.teacher(images)
+        losses = self.objective(student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits)
+        self.optimizer.zero_grad()
+        losses["loss"].backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            correct = (_all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
+        return {name: value.detach() for name, value in losses.items()}, correct
+
+    def train_one_epoch(self, batches: Batches, job: Job) -> Scores:
+        """One pass over `batches`; waits for the device every print_freq steps and at the end, never in between.
+
+        Returns:
+            Scores averaged over the images, each as it was in its own step; the losses are "total" and its terms.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        self.learner.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.epoch)
+        rows, pending, sizes, correct = [], [], [], 0
+        title = f"epoch {self.epoch}/{self.num_epochs}"
+        with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
+            for step, (images, targets) in enumerate(batches, start=1):
+                losses, hits = self.train_step(images, targets)
+                pending.append(torch.stack(list(losses.values())))
+                sizes.append(len(targets))
+                correct = correct + hits
+                bar.update(len(targets))
+                if step % self.print_freq == 0 or step == len(batches):
+                    for row in torch.stack(pending).tolist():  # the one place that waits for the device
+                        rows.append(row)
+                        self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", job)
+                    pending.clear()
+                    bar.set_postfix(loss=f"{rows[-1][0]:.4f}")
+                    if bar.disable and step < len(batches):
+                        job.logger.info(f"{title}, step {step}/{len(batches)}: loss {rows[-1][0]:.4f}")
+        averages = (
+            torch.tensor(sizes, dtype=torch.double) @ torch.tensor(rows, dtype=torch.double) / sum(sizes)
+        ).tolist()
+        names = ["total" if name == "loss" else name for name in losses]
+        return {
+            "loss": dict(zip(names, averages, strict=True)),
+            "accuracy": _by_network(self.learner, [100 * hits / sum(sizes) for hits in correct.tolist()]),
+        }
+
+    def fit(
+        self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], start_counts: bool = False
+    ) -> None:
+        """Train from the epoch reached to the last, with a checkpoint after each.
+
+        Args:
+            meta: goes into every checkpoint; says how to build a student.
+            start_counts: the students as they are before training may turn out the best.
+
+        Raises:
+            UserError: a loss is not finite. The checkpoints on the disk are those of the last good epoch.
+        """
+        if self.resumed_best and not job.best.exists():
+            shutil.copyfile(self.resumed_best, job.best)
+        if start_counts and self.epoch == 0:
+            self._keep_best(evaluate(self.learner, val, self.precision), job, meta)
+        started, first = time.perf_counter(), self.epoch
+        while self.epoch < self.num_epochs:
+            self.epoch += 1
+            train.set_epoch(self.epoch)
+            torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # what a network draws, a resumed run draws again
+            epoch_started = time.perf_counter()
+            train_scores = self.train_one_epoch(train, job)
+            rate = train.num_images / (time.perf_counter() - epoch_started)
+            scores = evaluate(self.learner, val, self.precision)
+            self._check_finite(flatten(scores["loss"]), "on the validation set", job)
+
+            self._keep_best(scores, job, meta)
+            job.add_metrics(self.epoch, self.learning_rate(self.epoch), train_scores, scores)
+            checkpoint.save(job.last, self._state(scores, meta))
+            eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
+            job.logger.info(
+                f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
+                f"validation {_accuracies(scores)}, best {self.best['accuracy']:.2f}; "
+                f"{rate:,.0f} images/s, {timedelta(seconds=round(eta))} left"
+            )
+
+    def resume(self, path: Path, job: Job, meta: dict[str, Any]) -> None:
+        """Go on from a training checkpoint of the same run.
+
+        Raises:
+            UserError: it cannot be read, or its run had other flags.
+        """
+        content = checkpoint.load_checkpoint(path)
+        was, now = content["meta"]["config"], meta["config"]
+        for name in now:
+            if name not in MAY_CHANGE and was.get(name) != now[name]:
+                raise UserError(
+                    f"{path} was trained with --{name} {was.get(name)}, not {now[name]}: resume it with the same flags"
+                )
+        checkpoint.load_weights(self.learner, content["model"], str(path))
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch, self.best = content["epoch"], content["best"]
+        self.resumed_best = path.with_name(job.best.name)
+        if not self.resumed_best.is_file():
+            raise UserError(f"{path} can be resumed only with {self.resumed_best.name} beside it")
+
+    @property
+    def best_student(self) -> nn.Module:
+        return self.learner.students[self.best["student"]]
+
+    def load_best(self, job: Job) -> None:
+        """Put the weights of the best epoch back into the learner."""
+        content = checkpoint.load_checkpoint(job.best)
+        checkpoint.load_weights(self.learner, content["model"], str(job.best))
+        self.best = content["best"]
+
+    def _keep_best(self, scores: Scores, job: Job, meta: dict[str, Any]) -> None:
+        student = checkpoint.best_of(scores)
+        accuracy, loss = (scores[kind]["students"][student] for kind in ("accuracy", "loss"))
+        if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
+            self.best = {"epoch": self.epoch, "student": student, "accuracy": accuracy, "loss": loss}
+            checkpoint.save(job.best, self._state(scores, meta))
+
+    def _state(self, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "kind": checkpoint.CHECKPOINT,
+            "epoch": self.epoch,
+            "model": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scores": scores,
+            "best": self.best,
+            "meta": meta,
+        }
+
+    def _check_finite(self, losses: dict[str, float], where: str, job: Job) -> None:
+        if not all(map(math.isfinite, losses.values())):
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+            kept = f"{job.last} is the last good checkpoint" if job.last.exists() else "no checkpoint was written"
+            raise UserError(
+                f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate "
+                f"{self.learning_rate(self.epoch):g}; {kept}: lower --lr, or try --precision fp32"
+            )
+
+
+def evaluate(learner: Students, batches: Batches, precision: str) -> Scores:
+    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher."""
+    learner.eval()
+    correct = loss = 0
+    with torch.inference_mode():
+        for images, targets in batches:
+            with autocast(images.device, precision):
+                logits = _all_logits(*learner(images)).float()
+            correct = correct + (logits.argmax(-1) == targets).sum(1)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
+            loss = loss + losses.view(len(logits), -1).sum(1)
+    return {
+        "accuracy": _by_network(learner, [100 * hits / batches.num_images for hits in correct.tolist()]),
+        "loss": _by_network(learner, [total / batches.num_images for total in loss.tolist()]),
+    }
+
+
+def top1(network: nn.Module, batches: Batches) -> float:
+    """Top-1 accuracy in % of one network, in float32."""
+    return evaluate(Students([network]), batches, "fp32")["accuracy"]["students"][0]
+
+
+def step_rate(base: float, decay_epochs: list[int], epoch: int) -> float:
+    """Learning rate of `epoch` (from 1): a tenth of it after each of decay_epochs."""
+    return base * 0.1 ** sum(epoch > decay for decay in decay_epochs)
+
+
+def cosine_rate(base: float, num_epochs: int, epoch: int) -> float:
+    """Learning rate of `epoch` (from 1): half a cosine from base down to 0 (arXiv 1608.03983, without restarts)."""
+    return base / 2 * (1 + math.cos(math.pi * (epoch - 1) / num_epochs))
+
+
+def _all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """(N, B, K), or (N + 1, B, K) with the online teacher's logits last."""
+    return student_logits if teacher_logits is None else torch.cat([student_logits, teacher_logits[None]])
+
+
+def _by_network(learner: Students, values: list[float]) -> dict[str, Any]:
+    """A value for each row of `_all_logits`, by whose it is."""
+    count = len(learner.students)
+    return {"students": values[:count]} | ({"online_teacher": values[count]} if len(values) > count else {})
+
+
+def _accuracies(scores: Scores) -> str:
+    """For a log line: "students 91.20 91.52, online teacher 92.31"."""
+    accuracy = scores["accuracy"]
+    text = ("students " if len(accuracy["students"]) > 1 else "") + " ".join(f"{x:.2f}" for x in accuracy["students"])
+    return text + (f", online teacher {accuracy['online_teacher']:.2f}" if "online_teacher" in accuracy else "")

@@ -1,0 +1,238 @@
+"""Every flag of main.py and finetune.py, and the checks that need nothing but the flags themselves.
+
+Imports no torch, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import difflib
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from utils.errors import UserError, exit_with
+
+# Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
+RUN_CONTROL = ("resume", "reset", "test_only")
+RESUME_LAST = "last"  # what a bare --resume stands for
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        exit_with(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"must be {what}, not '{text}'")
+        return value
+
+    return parse
+
+
+_positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+_count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
+_seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
+_positive = _number(float, lambda x: x > 0, "a number above 0")
+_weight = _number(float, lambda x: x >= 0, "a number, 0 or more")
+_fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
+
+
+def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags of `script`, "main" or "finetune"; a mistake ends the process with code 2."""
+    parser = _build_parser(script)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {close[0]}?" if close else ""))
+    try:
+        (_check_main if script == "main" else _check_finetune)(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+
+
+def _build_parser(script: str) -> argparse.ArgumentParser:
+    finetune = script == "finetune"
+    parser = _Parser(
+        prog=f"{script}.py",
+        allow_abbrev=False,
+        description="Refine a compressed student."
+        if finetune
+        else "Train cheap-convolution students with an online teacher and export the best of them.",
+    )
+
+    group = parser.add_argument_group("networks")
+    add = group.add_argument
+    add("--arch", help="architecture, a file of model/ (default: resnet)")
+    add("--teacher_model", metavar="NAME", help="the standard network (default: resnet_56)")
+    add("--student_model", metavar="NAME", help="the student (default: the standard network's name with _sparse)")
+    add("--conv", choices=("depthwise", "group", "shift"), help="cheap convolution (default: depthwise)")
+    add("--groups", type=_positive_int, help="groups of each group convolution (default: 4)")
+    add("--pruned_num", type=_count, help="convolutions made cheap, counted from the output side (default: all)")
+    add("--num_students", type=_positive_int, help="students trained side by side (default: 4)")
+
+    group = parser.add_argument_group("distillation")
+    add = group.add_argument
+    add("--teacher_dir", type=Path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
+    add("--lambda", dest="lam", type=_weight, help="weight of the online, mutual term (default: 0.8)")
+    add("--miu", type=_weight, help="weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)")
+    add("--temperature", type=_positive, default=4.0, help="T of the softened distributions (default: %(default)s)")
+    add(
+        "--kl_reduction",
+        choices=("batchmean", "element"),
+        default="batchmean",
+        help="batchmean sums the KL over classes; element averages, K times weaker, as the released code "
+        "(default: %(default)s)",
+    )
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset", metavar="NAME", help="digits, cifar10, cifar100 or folder (default: cifar10)")
+    add(
+        "--data_dir", type=Path, metavar="PATH", help="where the data is, or is downloaded to (default: data/downloads)"
+    )
+    add(
+        "--val_size",
+        type=_size,
+        help="validation images split from the training set: a fraction below 1 or a number; 0 chooses the best "
+        "student on the test set, as the released code did (default: 0.1)",
+    )
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--num_epochs", type=_positive_int, default=30 if finetune else 300, help="(default: %(default)s)")
+    add("--train_batch_size", type=_positive_int, default=128, help="(default: %(default)s)")
+    add("--eval_batch_size", type=_positive_int, default=100, help="(default: %(default)s)")
+    add("--lr", type=_positive, default=1e-4 if finetune else 0.1, help="learning rate (default: %(default)s)")
+    add("--momentum", type=_fraction, default=0.9, help="(default: %(default)s)")
+    add("--weight_decay", type=_weight, default=2e-4, help="(default: %(default)s)")
+    add("--scheduler", choices=("step", "cosine"), default="step", help="(default: %(default)s)")
+    add(
+        "--lr_decay_step",
+        type=_positive_int,
+        nargs="+",
+        metavar="EPOCH",
+        help="epochs after which --scheduler step divides the rate by 10 (default: a half and three quarters of them)",
+    )
+    add("--seed", type=_seed, default=0, help="(default: %(default)s)")
+
+    group = parser.add_argument_group("job")
+    add = group.add_argument
+    add(
+        "--job_dir",
+        type=Path,
+        default=Path("experiment/finetune" if finetune else "experiment/job"),
+        metavar="PATH",
+        help="where everything is written (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const=RESUME_LAST,
+        metavar="FILE",
+        help="continue from a checkpoint (bare: the last one of the job_dir)",
+    )
+    add("--reset", action="store_true", help="delete what an earlier run wrote to the job_dir and start over")
+    add("--test_only", action="store_true", help="evaluate on the test set; train and write nothing")
+    add("--pretrain", action="store_true", help="main.py: train the standard network alone, to be a teacher")
+    add("--refine", type=Path, metavar="FILE", help="finetune.py: the student to refine, or a training checkpoint")
+    add("--pruned", action="store_true", help="finetune.py: --refine is an exported student")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the networks in training: auto is bf16 where the hardware computes in it, else fp32",
+    )
+    add(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the training step's networks (auto: off)",
+    )
+    add("--workers", type=_positive_int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
+    add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")
+    return parser
+
+
+def _check_main(args: argparse.Namespace) -> None:
+    for flag in ("refine", "pruned"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
+    if args.pretrain:
+        students = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir", "lam", "miu")
+        _refuse(args, students, "--pretrain trains the standard network alone: leave out {flag}")
+    args.arch = args.arch or "resnet"
+    args.teacher_model = args.teacher_model or "resnet_56"
+    args.dataset = args.dataset or "cifar10"
+    args.val_size = 0.1 if args.val_size is None else args.val_size
+    if args.pretrain:
+        args.num_students, args.lam = 1, 0.0
+    else:
+        args.student_model = args.student_model or f"{args.teacher_model}_sparse"
+        if not args.student_model.endswith("_sparse"):
+            cheap = ("conv", "groups", "pruned_num")
+            _refuse(args, cheap, f"{args.student_model} has no cheap convolutions: leave out {{flag}} or add _sparse")
+        args.conv = args.conv or "depthwise"
+        if args.conv != "group":
+            _refuse(args, ("groups",), "{flag} belongs to --conv group")
+        args.groups = args.groups or 4
+        args.num_students = args.num_students or 4
+        args.lam = 0.8 if args.lam is None else args.lam
+    _check_common(args)
+
+
+def _check_finetune(args: argparse.Namespace) -> None:
+    if args.refine is None:
+        raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
+    if args.pretrain:
+        raise UserError("--pretrain belongs to main.py")
+    if args.lam:
+        raise UserError("finetune.py has one student and no online teacher: leave out --lambda")
+    if (args.num_students or 1) != 1:
+        raise UserError("finetune.py refines one student: leave out --num_students")
+    args.num_students, args.lam = 1, 0.0
+    _check_common(args)
+
+
+def _check_common(args: argparse.Namespace) -> None:
+    if args.resume and args.reset:
+        raise UserError("--resume continues a run and --reset deletes it: give one of them")
+    if args.test_only and args.reset:
+        raise UserError("--test_only writes nothing: leave out --reset")
+    if args.miu and not args.teacher_dir:
+        raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
+    if args.miu is None:
+        args.miu = 1.0 if args.teacher_dir else 0.0
+    if args.scheduler == "cosine":
+        _refuse(args, ("lr_decay_step",), "{flag} belongs to --scheduler step")
+    elif args.lr_decay_step is None:
+        args.lr_decay_step = [max(1, args.num_epochs // 2), max(1, args.num_epochs * 3 // 4)]
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], message: str) -> None:
+    """Raise a UserError for the first of these flags that asks for something."""
+    for name in names:
+        if getattr(args, name):
+            flag = {"lam": "lambda"}.get(name, name)
+            raise UserError(message.format(flag=f"--{flag}"))
+
+
+def configuration(args: argparse.Namespace) -> dict:
+    """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
+    return {
+        {"lam": "lambda"}.get(name, name): str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in RUN_CONTROL
+    }
