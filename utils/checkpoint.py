@@ -6,6 +6,7 @@ was trained on, so that a file needs nothing beside it. Plain dictionaries of te
 """
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles: what matters of them is in the error
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

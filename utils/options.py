@@ -46,7 +46,7 @@ _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction 
 
 def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags of `script`, "main" or "finetune"; a mistake ends the process with code 2."""
-    parser = _build_parser(script)
+    parser = build_parser(script)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -59,7 +59,7 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _build_parser(script: str) -> argparse.ArgumentParser:
+def build_parser(script: str) -> argparse.ArgumentParser:
     finetune = script == "finetune"
     parser = _Parser(
         prog=f"{script}.py",

@@ -1,0 +1,301 @@
+"""Data sets, the validation split, the cache of decoded images, and augmentation."""
+
+import io
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data.folder import folder
+from data.loader import AugmentedBatches, Batches
+from data.sources import Split, channel_statistics, stratified_split
+
+CPU = torch.device("cpu")
+
+
+def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, size=(10, 8), mode="RGB"):
+    """Write random PNG images, root/<split>/<class>/N.png; returns them as {(split, class): (count, H, W, 3)}."""
+    generator = np.random.default_rng(0)
+    images = {}
+    for split in splits:
+        for name in classes:
+            directory = root / split / name
+            directory.mkdir(parents=True)
+            pixels = generator.integers(0, 256, (count, size[1], size[0], 3), np.uint8)
+            for i, image in enumerate(pixels):
+                Image.fromarray(image).convert(mode).save(directory / f"{i}.png")
+            images[split, name] = pixels
+    return images
+
+
+def test_digits_are_all_there_and_split_without_overlap():
+    dataset = data.load("digits", None, 0.1)
+    splits = (dataset.train, dataset.val, dataset.test)
+    assert sum(map(len, splits)) == 1797
+    assert len(dataset.test) == 360
+    assert len(dataset.val) == round(0.1 * 1437)
+    assert dataset.input_size == (3, 8, 8)
+    rows = [
+        image.tobytes() + bytes([target])
+        for split in splits
+        for image, target in zip(split.images, split.targets, strict=True)
+    ]
+    assert len(set(rows)) == 1797  # no two of these images are alike, so an image in two splits would show
+    assert all((split.images[..., 0] == split.images[..., 2]).all() for split in splits)
+
+
+@pytest.mark.parametrize("size", [1, 10, 37, 99])
+def test_stratified_split_keeps_proportions(size):
+    targets = np.repeat([0, 1, 2], [10, 30, 60])
+    drawn, rest = stratified_split(targets, size)
+    assert sorted([*drawn, *rest]) == list(range(100))
+    assert len(drawn) == size
+    for label, share in enumerate([0.1, 0.3, 0.6]):
+        assert abs((targets[drawn] == label).sum() - share * size) <= 1
+    assert list(drawn) == list(stratified_split(targets, size)[0])
+    assert size == 1 or list(drawn) != list(stratified_split(targets, size, seed=1)[0])
+
+
+def test_validation_split_by_count_fraction_and_none():
+    assert len(data.load("digits", None, 300).val) == 300
+    assert len(data.load("digits", None, 0.25).val) == 359
+    chosen_on_test = data.load("digits", None, 0)
+    assert chosen_on_test.val is chosen_on_test.test
+    assert len(chosen_on_test.train) == 1437
+    with pytest.raises(ValueError, match="nothing to train on"):
+        data.load("digits", None, 1437)
+
+
+def test_channel_statistics():
+    images = np.random.default_rng(0).integers(0, 256, (2300, 4, 3, 3), np.uint8)
+    images[..., 2] = 51
+    mean, std = channel_statistics(images)
+    pixels = images.reshape(-1, 3) / 255
+    assert mean == pytest.approx(pixels.mean(0), abs=1e-4)
+    assert std[:2] == pytest.approx(pixels[:, :2].std(0), abs=1e-4)
+    assert std[2] == pytest.approx(1 / 255, abs=1e-4)  # a constant channel must not divide by zero
+
+
+# --- folders of images
+
+
+def test_folder_reads_every_image_and_its_class(tmp_path):
+    written = make_tree(tmp_path / "set", classes=("dog", "cat", "eel"))
+    source = folder(tmp_path / "set", workers=2)
+    assert source.classes == ["cat", "dog", "eel"]
+    for split, name in ((source.train, "train"), (source.test, "test")):
+        assert split.images.shape == (18, 8, 10, 3)
+        assert split.targets.tolist() == sorted([0, 1, 2] * 6)
+        expected = np.concatenate([written[name, class_name] for class_name in source.classes])
+        assert np.array_equal(split.images, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_folder_converts_other_modes(tmp_path, mode):
+    make_tree(tmp_path / "set", mode=mode)
+    assert folder(tmp_path / "set", workers=1).train.images.shape == (12, 8, 10, 3)
+
+
+def test_folder_with_val_for_test_and_with_both(tmp_path):
+    make_tree(tmp_path / "a", splits=("train", "val"))
+    assert folder(tmp_path / "a", 1).val is None
+    written = make_tree(tmp_path / "b", splits=("train", "val", "test"))
+    dataset = data.load("folder", tmp_path / "b", 0.5)
+    assert np.array_equal(dataset.val.images[:6], written["val", "cat"])
+    assert np.array_equal(dataset.test.images[:6], written["test", "cat"])
+    assert len(dataset.train) == 12
+
+
+def test_second_load_comes_from_the_cache(tmp_path, monkeypatch):
+    make_tree(tmp_path / "set")
+    first = folder(tmp_path / "set", 1)
+    assert (tmp_path / "set.cache.npz").is_file()
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was decoded again"))
+    again = folder(tmp_path / "set" / ".." / "set", 1)
+    assert np.array_equal(again.train.images, first.train.images)
+    assert np.array_equal(again.test.targets, first.test.targets)
+
+
+def spoil_nothing_but_an_image(root):
+    Image.fromarray(np.full((8, 10, 3), 7, np.uint8)).save(root / "train" / "cat" / "0.png")
+    os.utime(root / "train" / "cat" / "0.png", ns=(1, time.time_ns()))
+
+
+def spoil_by_adding(root):
+    Image.fromarray(np.full((8, 10, 3), 7, np.uint8)).save(root / "train" / "cat" / "00.png")
+
+
+def spoil_by_swapping_names(root):
+    (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / "9.png")
+
+
+@pytest.mark.parametrize("change", [spoil_nothing_but_an_image, spoil_by_adding, spoil_by_swapping_names])
+def test_stale_cache_is_rebuilt(tmp_path, change):
+    root = tmp_path / "set"
+    make_tree(root)
+    folder(root, 1)
+    change(root)
+    after = folder(root, 1)
+    (tmp_path / "set.cache.npz").unlink()
+    assert np.array_equal(after.train.images, folder(root, 1).train.images)
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:400] + bytes([content[400] ^ 1]) + content[401:],
+        lambda content: content[:-300] + bytes([content[-300] ^ 1]) + content[-299:],
+        lambda content: b"not an archive" * 100,
+        lambda content: npz(images=np.zeros(3)),
+        lambda content: npz(fingerprint=np.array([{"an": "object"}], dtype=object), images=np.zeros(3)),
+    ],
+)
+def test_damaged_cache_is_rebuilt(tmp_path, damage):
+    make_tree(tmp_path / "set")
+    first = folder(tmp_path / "set", 1)
+    cache = tmp_path / "set.cache.npz"
+    good = cache.read_bytes()
+    cache.write_bytes(damage(good))
+    assert np.array_equal(folder(tmp_path / "set", 1).train.images, first.train.images)
+    assert cache.read_bytes() == good
+
+
+def test_cache_of_the_wrong_shape_is_rebuilt(tmp_path):
+    make_tree(tmp_path / "set")
+    first = folder(tmp_path / "set", 1)
+    cache = tmp_path / "set.cache.npz"
+    with np.load(cache) as file:
+        fingerprint = file["fingerprint"]
+    cache.write_bytes(npz(fingerprint=fingerprint, images=np.zeros((5, 8, 10, 3), np.uint8)))
+    assert np.array_equal(folder(tmp_path / "set", 1).train.images, first.train.images)
+
+
+def test_folder_without_a_cache_still_loads(tmp_path, capsys):
+    make_tree(tmp_path / "set")
+    (tmp_path / "set.cache.npz").mkdir()
+    assert len(folder(tmp_path / "set", 1).train) == 12
+    assert "cannot write" in capsys.readouterr().out
+
+
+def remove_images(root):
+    for image in (root / "train").rglob("*.png"):
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_images, "no images in .*train"),
+        (lambda root: Image.new("RGB", (9, 9)).save(root / "test" / "dog" / "9.png"), r"differ in size.*10 x 8.*9 x 9"),
+        (lambda root: (root / "test" / "dog" / "3.png").write_bytes(b"no image"), r"cannot read the image .*3\.png"),
+        (lambda root: (root / "train").rename(root / "training"), "no folder train"),
+        (lambda root: (root / "test").rename(root / "testing"), "neither test nor val"),
+        (lambda root: (root / "train" / "dog").rename(root / "dog"), "holds 1 class"),
+        (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "class that train does not have: fox"),
+    ],
+)
+def test_folders_that_are_no_data_set(tmp_path, spoil, message):
+    make_tree(tmp_path / "set")
+    spoil(tmp_path / "set")
+    with pytest.raises(ValueError, match=message):
+        folder(tmp_path / "set", 2)
+    assert not (tmp_path / "set.cache.npz").exists()
+
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match="digits, cifar10, cifar100, folder"):
+        data.load("mnist", None, 0.1)
+
+
+# --- batches
+
+
+def split_of(count, height=6, width=5):
+    generator = np.random.default_rng(0)
+    return Split(generator.integers(1, 256, (count, height, width, 3), np.uint8), np.arange(count))
+
+
+def test_batches_normalize_and_keep_the_order():
+    split, mean, std = split_of(10), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    batches = list(Batches(split, 4, mean, std, CPU))
+    assert [len(targets) for _, targets in batches] == [4, 4, 2]
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = (split.images / 255 - mean) / std
+    np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, rtol=1e-5, atol=1e-6)
+    assert targets.tolist() == list(range(10))
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def augmented(split, batch_size=4, padding=2, flip=True, seed=0):
+    return AugmentedBatches(split, batch_size, (0, 0, 0), (1 / 255,) * 3, CPU, padding=padding, flip=flip, seed=seed)
+
+
+def placements(original, crop, padding, flip):
+    """Every (row, column, mirrored) at which `crop` stands in the zero-padded original, (H, W, 3)."""
+    height, width = original.shape[:2]
+    padded = np.pad(original, ((padding, padding), (padding, padding), (0, 0)))
+    found = set()
+    for row in range(2 * padding + 1):
+        for column in range(2 * padding + 1):
+            window = padded[row : row + height, column : column + width]
+            for mirrored in {False, flip}:
+                if np.array_equal(crop, window[:, ::-1] if mirrored else window):
+                    found.add((row, column, mirrored))
+    return found
+
+
+def test_each_image_gets_a_crop_and_a_flip_of_its_own():
+    split = split_of(200)
+    batches = augmented(split, batch_size=50)
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert sorted(targets.tolist()) == list(range(200))
+    assert targets.tolist() != list(range(200))
+    chosen = []
+    for image, target in zip(images.permute(0, 2, 3, 1).round().byte().numpy(), targets, strict=True):
+        found = placements(split.images[target], image, padding=2, flip=True)
+        assert len(found) == 1
+        chosen += found
+    rows, columns, mirrored = zip(*chosen, strict=True)
+    assert len(set(chosen[:50])) > 20  # different within one batch
+    for offsets in (rows, columns):
+        assert all(25 <= offsets.count(offset) <= 60 for offset in range(5))  # uniform: 40 each expected
+    assert 75 <= sum(mirrored) <= 125
+
+
+def test_no_flip_and_no_padding_leave_images_as_they_are():
+    split = split_of(9)
+    for images, targets in augmented(split, padding=0, flip=False):
+        assert np.array_equal(images.permute(0, 2, 3, 1).round().byte().numpy(), split.images[targets])
+
+
+def epoch_of(batches, epoch):
+    batches.set_epoch(epoch)
+    return torch.cat([images for images, _ in batches])
+
+
+def test_augmentation_depends_on_seed_and_epoch_alone():
+    split = split_of(20)
+    first = epoch_of(augmented(split), 3)
+    assert torch.equal(first, epoch_of(augmented(split), 3))
+    assert not torch.equal(first, epoch_of(augmented(split), 4))
+    assert not torch.equal(first, epoch_of(augmented(split, seed=1), 3))
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 8, [3])])
+def test_last_batch_is_kept_unless_it_is_a_single_image(count, batch_size, sizes):
+    batches = augmented(split_of(count), batch_size)
+    assert [len(targets) for _, targets in batches] == sizes
+    assert len(batches) == len(sizes)
+    assert batches.num_images == sum(sizes)

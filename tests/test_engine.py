@@ -1,0 +1,268 @@
+"""The training step, the schedule, the choice of the best student, and what stops a run."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from data.loader import AugmentedBatches, Batches
+from data.sources import Split
+from model.online import OnlineTeacher, Students
+from utils import options
+from utils.checkpoint import best_of, load_checkpoint
+from utils.engine import Trainer, cosine_rate, evaluate, step_rate
+from utils.errors import UserError
+from utils.job import Job
+from utils.losses import online_distillation
+
+CPU = torch.device("cpu")
+
+
+def arguments(*flags):
+    return options.parse("main", ["--dataset", "digits", *map(str, flags)])
+
+
+def online_teacher(count=2, num_classes=4):
+    torch.manual_seed(0)
+    return OnlineTeacher([model.build("resnet_20_sparse", num_classes) for _ in range(count)], num_classes)
+
+
+def pretrained_teacher(num_classes=4):
+    torch.manual_seed(1)
+    return model.build("resnet_20", num_classes).eval().requires_grad_(False)
+
+
+def batch(count=6, num_classes=4):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % num_classes
+
+
+def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
+    """Two steps in float64, against the update rule written out."""
+    args = arguments("--lr", 0.05, "--momentum", 0.8, "--weight_decay", 0.01, "--lambda", 0.7, "--temperature", 3)
+    args.miu = 0.4
+    learner, reference = online_teacher().double(), online_teacher().double()
+    teacher = pretrained_teacher().double()
+    trainer = Trainer(learner, teacher, args, CPU, "fp32")
+    learner.train()
+    reference.train()
+    images, targets = batch()
+    images = images.double()
+    velocity = {}
+    for _ in range(2):
+        losses, _ = trainer.train_step(images, targets)
+        expected = online_distillation(*reference(images), targets, 0.7, 3, pretrained_logits=teacher(images), miu=0.4)[
+            "loss"
+        ]
+        assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
+        names, parameters = zip(*reference.named_parameters(), strict=True)
+        for name, p, grad in zip(names, parameters, torch.autograd.grad(expected, parameters), strict=True):
+            update = grad + 0.01 * p.data
+            velocity[name] = 0.8 * velocity[name] + update if name in velocity else update
+            p.data -= 0.05 * velocity[name]
+    for key, value in learner.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[key], rtol=1e-7, atol=1e-9)
+
+
+def test_train_step_counts_correct_answers():
+    learner = online_teacher(2)
+    trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, "fp32")
+    learner.train()
+    images, targets = batch()
+    _, correct = trainer.train_step(images, targets)
+    student_logits, teacher_logits = learner(images)
+    expected = [(logits.argmax(1) == targets).sum() for logits in (*student_logits, teacher_logits)]
+    assert correct.tolist() == expected
+
+
+def test_pretrained_teacher_stays_frozen_and_in_eval_mode():
+    teacher = pretrained_teacher()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    args = arguments()
+    args.miu = 1.0
+    trainer = Trainer(online_teacher(), teacher, args, CPU, "fp32")
+    trainer.learner.train()
+    losses, _ = trainer.train_step(*batch())
+    assert losses["kl_pretrained"] > 0
+    assert not any(module.training for module in teacher.modules())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_one_student_without_teachers_trains_as_plain_cross_entropy():
+    torch.manual_seed(0)
+    network = model.build("resnet_20_sparse", 4).double()
+    torch.manual_seed(0)
+    plain = model.build("resnet_20_sparse", 4).double()
+    args = arguments("--num_students", 1, "--lambda", 0, "--momentum", 0, "--weight_decay", 0, "--lr", 0.1)
+    trainer = Trainer(Students([network]), None, args, CPU, "fp32")
+    images, targets = batch()
+    trainer.learner.train()
+    trainer.train_step(images.double(), targets)
+    F.cross_entropy(plain(images.double()), targets).backward()
+    for p, q in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.data, q.data - 0.1 * q.grad)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batchnorm_losses_and_optimizer_stay_float32(precision):
+    learner = online_teacher()
+    trainer = Trainer(learner, None, arguments(), CPU, precision)
+    learner.train()
+    losses, _ = trainer.train_step(*batch())
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    floats = [value for value in learner.state_dict().values() if value.is_floating_point()]
+    assert {value.dtype for value in floats} == {torch.float32}
+    momenta = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+    assert {momentum.dtype for momentum in momenta} == {torch.float32}
+
+
+def test_learning_rates():
+    rates = [step_rate(0.1, [150, 225], epoch) for epoch in (1, 150, 151, 225, 226, 300)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [cosine_rate(0.1, 4, epoch) for epoch in (1, 3)] == pytest.approx([0.1, 0.05])
+    assert 0 < cosine_rate(0.1, 300, 300) < 1e-5
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(300, [150, 225]), (1, [1, 1]), (10, [5, 7])])
+def test_default_decay_is_after_a_half_and_three_quarters(epochs, expected):
+    assert arguments("--num_epochs", epochs).lr_decay_step == expected
+
+
+def test_evaluate_against_a_plain_count():
+    learner = online_teacher(3)
+    learner.train()(torch.randn(16, 3, 8, 8))
+    generator = np.random.default_rng(0)
+    split = Split(generator.integers(0, 256, (25, 8, 8, 3), np.uint8), generator.integers(0, 4, 25))
+    scores = evaluate(learner, Batches(split, 10, (0.5,) * 3, (0.2,) * 3, CPU), "fp32")
+    with torch.no_grad():
+        images = torch.from_numpy((split.images / 255 - 0.5) / 0.2).permute(0, 3, 1, 2).float()
+        student_logits, teacher_logits = learner.eval()(images)
+    targets = torch.from_numpy(split.targets)
+    for i, logits in enumerate(student_logits):
+        assert scores["accuracy"]["students"][i] == pytest.approx(
+            100 * (logits.argmax(1) == targets).float().mean().item()
+        )
+        assert scores["loss"]["students"][i] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert scores["accuracy"]["online_teacher"] == pytest.approx(
+        100 * (teacher_logits.argmax(1) == targets).float().mean().item()
+    )
+    assert scores["loss"]["online_teacher"] == pytest.approx(F.cross_entropy(teacher_logits, targets).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "losses", "best"), [([1, 3, 2], [0, 9, 0], 1), ([3, 3, 2], [5, 4, 0], 1), ([3, 3], [4, 5], 0)]
+)
+def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, losses, best):
+    assert best_of({"accuracy": {"students": accuracies}, "loss": {"students": losses}}) == best
+
+
+@pytest.fixture
+def job(tmp_path):
+    job = Job(tmp_path / "job", "student.pt")
+    job.open({}, epoch=0, reset=False)
+    yield job
+    job.close()
+    logging.getLogger("job").handlers.clear()
+
+
+def loaders(count=22, batch_size=4):
+    generator = np.random.default_rng(0)
+    split = Split(generator.integers(0, 256, (count, 8, 8, 3), np.uint8), np.arange(count) % 4)
+    statistics = (0.5,) * 3, (0.25,) * 3, CPU
+    return AugmentedBatches(split, batch_size, *statistics, padding=1, flip=False, seed=0), Batches(
+        split, 10, *statistics
+    )
+
+
+def test_epoch_averages_weigh_every_image_the_same(job):
+    """22 images in batches of 4: the last batch, of 2, must not count as much as the others."""
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30), CPU, "fp32")
+    train, _ = loaders()
+    trainer.epoch = 1
+    scores = trainer.train_one_epoch(train, job)
+    expected = correct = 0
+    for images, targets in train:
+        student_logits, teacher_logits = trainer.learner(images)
+        expected += len(targets) * online_distillation(student_logits, teacher_logits, targets, 0.8)["loss"].item()
+        correct += (teacher_logits.argmax(1) == targets).sum().item()
+    assert scores["loss"]["total"] == pytest.approx(expected / 22, rel=1e-4)
+    assert scores["accuracy"]["online_teacher"] == pytest.approx(100 * correct / 22)
+    assert scores["loss"]["total"] == pytest.approx(sum(v for k, v in scores["loss"].items() if k != "total"))
+
+
+def test_best_epoch_is_the_one_exported(job):
+    """Epochs that end worse than an earlier one leave model_best.pt alone."""
+    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 6, "--lr", 0.3), CPU, "fp32")
+    train, val = loaders()
+    trainer.fit(train, val, job, meta={})
+    epochs = [json.loads(line)["val"] for line in job.metrics.read_text().splitlines()]
+    ranked = [(max(zip(e["accuracy"]["students"], [-x for x in e["loss"]["students"]], strict=True))) for e in epochs]
+    best = ranked.index(max(ranked))
+    assert trainer.best["epoch"] == best + 1
+    assert load_checkpoint(job.best)["epoch"] == best + 1
+    assert load_checkpoint(job.last)["epoch"] == 6
+    trainer.load_best(job)
+    assert evaluate(trainer.learner, val, "fp32") == epochs[best]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job):
+    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4), CPU, "fp32")
+    train, val = loaders()
+    step, calls = trainer.train_step, []
+
+    def poisoned(images, targets):
+        calls.append(1)
+        return step(images * (torch.nan if len(calls) == 6 + 3 else 1), targets)  # 6 steps an epoch
+
+    trainer.train_step = poisoned
+    with pytest.raises(UserError, match=r"epoch 2, step 3: .*ce_students nan.*learning rate 0\.1") as error:
+        trainer.fit(train, val, job, meta={})
+    assert str(job.last) in str(error.value)
+    kept = load_checkpoint(job.last)
+    assert kept["epoch"] == 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
+    assert len(job.metrics.read_text().splitlines()) == 1
+
+
+def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
+    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 1), CPU, "fp32")
+    train, val = loaders()
+    step, calls = trainer.train_step, []
+
+    def poisoned(images, targets):
+        calls.append(1)
+        result = step(images, targets)
+        if len(calls) == 6:
+            trainer.learner.students[1].fc.bias.data.fill_(torch.inf)
+        return result
+
+    trainer.train_step = poisoned
+    with pytest.raises(UserError, match="epoch 1, on the validation set"):
+        trainer.fit(train, val, job, meta={})
+    assert not job.last.exists()
+
+
+def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch):
+    trainer = Trainer(online_teacher(), None, arguments("--print_freq", 3), CPU, "fp32")
+    train, _ = loaders(count=32)
+    trainer.epoch = 1
+    waits, steps = [], []
+    step = trainer.train_step
+
+    def watched(original):
+        def method(self, *args, **kwargs):
+            waits.append(len(steps))
+            return original(self, *args, **kwargs)
+
+        return method
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    trainer.train_step = lambda *batch: (steps.append(1), step(*batch))[1]
+    trainer.train_one_epoch(train, job)
+    assert set(waits) <= {0, 3, 6, 8}  # 0: the loader before its first batch; 8: the end of the epoch

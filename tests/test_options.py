@@ -1,0 +1,203 @@
+"""Flags and other input that cannot be right: one line, code 2, nothing written."""
+
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import main
+import model
+from tests.helpers import ROOT
+from tests.test_data import make_tree
+from utils import options
+from utils.errors import UserError
+
+
+def rejected(capsys, script, *flags):
+    """The one line with which a script's flags are refused."""
+    with pytest.raises(SystemExit) as exit_:
+        options.parse(script, list(map(str, flags)))
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+REFINE = ("--refine", "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("main", ("--lamda", "0.8"), "did you mean --lambda?"),
+        ("main", ("--num_student", "2"), "did you mean --num_students?"),
+        ("main", ("--conv", "dense"), "depthwise"),
+        ("main", ("--lr", "0"), "a number above 0"),
+        ("main", ("--lr", "nan"), "a number above 0"),
+        ("main", ("--lambda", "-1"), "0 or more"),
+        ("main", ("--num_epochs", "1.5"), "a whole number above 0"),
+        ("main", ("--num_students", "0"), "a whole number above 0"),
+        ("main", ("--pruned_num", "-1"), "0 or more"),
+        ("main", ("--momentum", "1"), "below 1"),
+        ("main", ("--val_size", "1.5"), "a fraction below 1 or a whole number"),
+        ("main", ("--miu", "1"), "needs a pretrained teacher: give --teacher_dir"),
+        ("main", ("--groups", "4"), "--conv group"),
+        ("main", ("--refine", "x.pt"), "belongs to finetune.py"),
+        ("main", ("--pruned",), "belongs to finetune.py"),
+        ("main", ("--pretrain", "--num_students", "2"), "leave out --num_students"),
+        ("main", ("--pretrain", "--lambda", "0.5"), "leave out --lambda"),
+        ("main", ("--pretrain", "--conv", "shift"), "leave out --conv"),
+        ("main", ("--student_model", "resnet_20", "--conv", "shift"), "leave out --conv or add _sparse"),
+        ("main", ("--scheduler", "cosine", "--lr_decay_step", "3"), "--scheduler step"),
+        ("main", ("--resume", "--reset"), "give one of them"),
+        ("main", ("--test_only", "--reset"), "leave out --reset"),
+        ("finetune", (), "--refine FILE is missing"),
+        ("finetune", (*REFINE, "--pretrain"), "belongs to main.py"),
+        ("finetune", (*REFINE, "--lambda", "0.8"), "leave out --lambda"),
+        ("finetune", (*REFINE, "--num_students", "4"), "leave out --num_students"),
+        ("finetune", (*REFINE, "--miu", "1"), "needs a pretrained teacher"),
+    ],
+)
+def test_contradictions_are_refused(capsys, script, flags, message):
+    assert message in rejected(capsys, script, *flags)
+
+
+def test_defaults_are_the_paper_s_recipe():
+    args = options.parse("main", [])
+    assert (args.arch, args.teacher_model, args.student_model) == ("resnet", "resnet_56", "resnet_56_sparse")
+    assert (args.dataset, args.num_epochs, args.train_batch_size, args.eval_batch_size) == ("cifar10", 300, 128, 100)
+    assert (args.lr, args.momentum, args.weight_decay, args.lr_decay_step) == (0.1, 0.9, 2e-4, [150, 225])
+    assert (args.num_students, args.lam, args.miu, args.temperature) == (4, 0.8, 0.0, 4.0)
+    assert args.kl_reduction == "batchmean"
+    assert options.parse("main", ["--teacher_dir", "x"]).miu == 1.0
+    assert options.parse("finetune", [*REFINE]).lr == 1e-4
+
+
+def test_student_follows_the_standard_network():
+    assert options.parse("main", ["--teacher_model", "resnet_20"]).student_model == "resnet_20_sparse"
+
+
+@pytest.mark.parametrize("script", ["main", "finetune"])
+def test_both_scripts_know_every_flag(script):
+    flags = """--arch --teacher_model --student_model --teacher_dir --lambda --miu --job_dir --refine --pruned --lr
+    --conv --groups --pruned_num --num_students --temperature --kl_reduction --dataset --data_dir --val_size
+    --num_epochs --train_batch_size --eval_batch_size --momentum --weight_decay --lr_decay_step --scheduler --resume
+    --reset --test_only --pretrain --seed --workers --device --precision --compile --print_freq"""
+    known = {flag for action in options.build_parser(script)._actions for flag in action.option_strings}
+    assert set(flags.split()) <= known
+
+
+def folder_without_images(path):
+    make_tree(path / "set")
+    for image in (path / "set").rglob("*.png"):
+        image.unlink()
+    return ("--dataset", "folder", "--data_dir", path / "set")
+
+
+def folder_of_mixed_sizes(path):
+    make_tree(path / "set")
+    Image.new("RGB", (3, 3)).save(path / "set" / "test" / "cat" / "x.png")
+    return ("--dataset", "folder", "--data_dir", path / "set")
+
+
+def folder_of_one_class(path):
+    make_tree(path / "set", classes=("cat",))
+    return ("--dataset", "folder", "--data_dir", path / "set")
+
+
+def teacher(path, name="resnet_20", num_classes=10):
+    torch.save(model.build(name, num_classes).state_dict(), path / "teacher.pt")
+    return ("--teacher_dir", path / "teacher.pt")
+
+
+def empty_folder(path):
+    (path / "empty").mkdir()
+    return ("--teacher_dir", path / "empty")
+
+
+def job_dir_below_a_file(path):
+    (path / "file").touch()
+    return ("--job_dir", path / "file" / "job")
+
+
+def job_dir_that_is_a_file(path):
+    (path / "file").touch()
+    return ("--job_dir", path / "file")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: ("--teacher_dir", path / "nowhere"), "does not exist"),
+        (empty_folder, "holds no checkpoint"),
+        (lambda path: teacher(path, "resnet_32"), "does not match"),
+        (lambda path: teacher(path, num_classes=100), r"fc\.weight is \(100, 64\)"),
+        (lambda path: ("--arch", "vgg"), "unknown architecture 'vgg': try resnet"),
+        (lambda path: ("--teacher_model", "resnet_21"), "unknown network 'resnet_21': try .*resnet_20"),
+        (lambda path: ("--student_model", "resnet_20_spars"), "try resnet_20_sparse"),
+        (lambda path: ("--dataset", "mnist"), "choose from digits"),
+        (lambda path: ("--dataset", "folder"), "needs --data_dir"),
+        (lambda path: ("--dataset", "folder", "--data_dir", path / "nowhere"), "no folder train"),
+        (folder_without_images, "no images"),
+        (folder_of_mixed_sizes, "differ in size"),
+        (folder_of_one_class, "at least 2 are needed"),
+        (lambda path: ("--conv", "group", "--groups", 3), "does not divide the 16 channels"),
+        (lambda path: ("--pruned_num", 19), "out of range: this network has 18"),
+        (lambda path: ("--val_size", 5000), "leaves nothing to train on"),
+        (lambda path: ("--device", "tpu"), "choose auto, cpu"),
+        (lambda path: ("--device", "cuda:99"), "not usable here"),
+        (job_dir_below_a_file, "not a writable folder"),
+        (job_dir_that_is_a_file, "not a writable folder"),
+        (lambda path: ("--job_dir", "/proc/nothing/here"), "cannot be written"),
+        (lambda path: ("--resume", path / "nowhere.pt"), "does not exist"),
+        (lambda path: ("--test_only",), "finds no checkpoint"),
+    ],
+)
+def test_bad_input_to_main_is_refused_before_anything_is_written(tmp_path, prepare, message):
+    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--job_dir", tmp_path / "job")
+    args = options.parse("main", [*map(str, (*flags, *prepare(tmp_path)))])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message) as error:
+        main.main(args)
+    assert len(str(error.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_data_set_without_a_network(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    args = options.parse("main", ["--data_dir", str(tmp_path / "none"), "--job_dir", str(tmp_path / "job")])
+    with pytest.raises(UserError, match=r"could not be downloaded .*--data_dir, or try --dataset digits"):
+        main.main(args)
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--conv", "shift"), "--conv shift, but .* says depthwise"),
+        (("--student_model", "resnet_32_sparse"), "says resnet_20_sparse"),
+        (("--pruned_num", "3"), "says 18"),
+    ],
+)
+def test_flags_that_contradict_the_refined_file(runs, tmp_path, flags, message):
+    args = options.parse("finetune", [*map(str, runs.refine_flags), *flags, "--job_dir", str(tmp_path / "job")])
+    with pytest.raises(UserError, match=message):
+        finetune.main(args)
+    assert not (tmp_path / "job").exists()
+
+
+def test_refining_on_data_of_other_classes_is_refused(runs, tmp_path):
+    make_tree(tmp_path / "set")
+    flags = [*runs.refine_flags, "--dataset", "folder", "--data_dir", tmp_path / "set", "--job_dir", tmp_path / "job"]
+    with pytest.raises(UserError, match="knows other classes"):
+        finetune.main(options.parse("finetune", list(map(str, flags))))
+
+
+def test_readme_describes_every_flag():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    described = {line.split("`")[1] for line in rows}
+    known = {flag for action in options.build_parser("main")._actions for flag in action.option_strings}
+    assert described == known - {"-h", "--help"}

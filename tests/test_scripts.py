@@ -1,0 +1,318 @@
+"""main.py and finetune.py from start to end, as their users run them."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from tests.helpers import ROOT, fail, run, succeed
+from utils.checkpoint import load_checkpoint, load_student
+from utils.cost import count
+
+pytestmark = pytest.mark.slow
+
+JOB_FILES = {
+    "config.json",
+    "logger.log",
+    "metrics.jsonl",
+    "run",
+    "checkpoint",
+    "report.md",
+    "report.json",
+    "curves.png",
+}
+
+
+def report_of(job):
+    return json.loads((job / "report.json").read_text())
+
+
+def row(report, name):
+    return next(entry for entry in report["networks"] if entry["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("job", "exported"),
+    [("teacher", "resnet_20.pt"), ("students", "resnet_pruned_18.pt"), ("refined", "resnet_pruned_18.pt")],
+)
+def test_job_dir_holds_the_documented_files(runs, job, exported):
+    folder = getattr(runs, job)
+    assert {path.name for path in folder.iterdir()} == JOB_FILES | {exported}
+    assert {path.name for path in (folder / "checkpoint").iterdir()} == {"last.pt", "model_best.pt"}
+    for phase in ("train", "test"):
+        assert len(list((folder / "run" / phase).iterdir())) == 1
+    assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert runs.output[job].splitlines()[-1] == f"exported {folder / exported}; more in {folder / 'report.md'}"
+
+
+def test_metrics_hold_one_line_an_epoch(runs):
+    lines = [json.loads(line) for line in (runs.students / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["lr"] for line in lines] == pytest.approx([0.05, 0.005, 0.0005])
+    for line in lines:
+        assert set(line["train"]["loss"]) == {"total", "ce_students", "ce_teacher", "kl_online", "kl_pretrained"}
+        for part in ("train", "val"):
+            assert len(line[part]["accuracy"]["students"]) == 2
+            assert 0 <= line[part]["accuracy"]["online_teacher"] <= 100
+
+
+def tensorboard_scalars(folder):
+    """{tag: {step: value}} of a tensorboard folder, read from its records by hand."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return scalars
+
+
+def test_tensorboard_shows_every_loss_accuracy_and_the_learning_rate(runs):
+    lines = [json.loads(line) for line in (runs.students / "metrics.jsonl").read_text().splitlines()]
+    train, test = (tensorboard_scalars(runs.students / "run" / phase) for phase in ("train", "test"))
+    assert train["lr"] == pytest.approx({line["epoch"]: line["lr"] for line in lines})
+    for name in lines[0]["train"]["loss"]:
+        assert train[f"loss/{name}"] == pytest.approx({line["epoch"]: line["train"]["loss"][name] for line in lines})
+    for scalars, part in ((train, "train"), (test, "val")):
+        for i in (0, 1):
+            expected = {line["epoch"]: line[part]["accuracy"]["students"][i] for line in lines}
+            assert scalars[f"accuracy/student_{i + 1}"] == pytest.approx(expected)
+        expected = {line["epoch"]: line[part]["accuracy"]["online_teacher"] for line in lines}
+        assert scalars["accuracy/online_teacher"] == pytest.approx(expected)
+
+
+def test_report_states_costs_and_ratios(runs):
+    report = report_of(runs.students)
+    names = [entry["name"] for entry in report["networks"]]
+    best = report["best"]["student"]
+    students = ["student 1", "student 2"]
+    students[best] += ", best"
+    assert names == ["resnet_20, standard", *students, "online teacher"]
+    standard, student = report["networks"][0], row(report, students[best])
+    network, _ = load_student(runs.student_file)
+    assert (student["params"], student["macs"]) == tuple(count(network, (3, 8, 8)))
+    for key in ("params", "macs", "latency_1", "latency_256"):
+        assert student["ratios"][key] == pytest.approx(standard[key] / student[key])
+    assert "validation images; the test set was looked at once" in (runs.students / "report.md").read_text()
+
+
+def plain_accuracy(path):
+    """Test accuracy of an exported student on the digits, by code that shares nothing with the training."""
+    network, meta = load_student(path)
+    test = data.load("digits", None, 0.1).test
+    mean, std = np.float32(meta["mean"]), np.float32(meta["std"])
+    images = torch.from_numpy(((test.images / np.float32(255)) - mean) / std).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        predictions = torch.cat([network(part).argmax(1) for part in images.split(90)])
+    return 100 * np.mean(predictions.numpy() == test.targets)
+
+
+@pytest.mark.parametrize(("job", "name"), [("students", ", best"), ("refined", "student, refined")])
+def test_exported_student_has_the_accuracy_that_the_report_states(runs, job, name):
+    folder = getattr(runs, job)
+    stated = next(entry for entry in report_of(folder)["networks"] if name in entry["name"])["test"]
+    assert plain_accuracy(folder / "resnet_pruned_18.pt") == pytest.approx(stated, abs=1e-9)
+    _, meta = load_student(folder / "resnet_pruned_18.pt")
+    assert meta["accuracy"]["test"] == stated
+    assert stated > 30  # a student that learned nothing would make the comparison empty
+
+
+def test_exported_student_describes_itself(runs):
+    content = torch.load(runs.student_file, weights_only=True)
+    meta = content["meta"]
+    expected = {"arch": "resnet", "model": "resnet_20_sparse", "conv": "depthwise", "groups": 4, "pruned_num": 18}
+    expected |= {"num_classes": 10, "classes": [str(i) for i in range(10)], "input_size": [3, 8, 8]}
+    assert {key: meta[key] for key in expected} == expected
+    assert len(meta["mean"]) == len(meta["std"]) == 3
+    assert meta["config"] == json.loads((runs.students / "config.json").read_text())
+    assert meta["config"]["lambda"] == 0.8
+    assert {value.dtype for value in content["state_dict"].values()} == {torch.float32, torch.int64}
+
+
+def test_exported_student_is_the_best_of_the_best_epoch(runs):
+    content = load_checkpoint(runs.students / "checkpoint" / "model_best.pt")
+    accuracies = [
+        max(json.loads(line)["val"]["accuracy"]["students"])
+        for line in (runs.students / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert content["best"]["accuracy"] == max(accuracies)
+    weights = torch.load(runs.student_file, weights_only=True)["state_dict"]
+    prefix = f"students.{content['best']['student']}."
+    assert all(torch.equal(value, content["model"][prefix + key]) for key, value in weights.items())
+
+
+def test_refinement_reports_before_and_after_and_keeps_the_better(runs):
+    report = report_of(runs.refined)
+    before, after = row(report, "student, before"), row(report, "student, refined")
+    assert after["val"] >= before["val"]
+    original = report_of(runs.students)
+    best = next(entry for entry in original["networks"] if entry["name"].endswith("best"))
+    assert (before["val"], before["test"]) == (best["val"], best["test"])
+    for name in ("resnet_20, standard", "online teacher"):
+        assert row(report, name)["test"] == row(original, name)["test"]
+
+
+def test_refinement_that_only_harms_exports_the_student_as_it_was(runs, tmp_path):
+    succeed("finetune.py", *runs.refine_flags[:3], "--num_epochs", 1, "--lr", 3, "--job_dir", tmp_path / "worse")
+    old, new = (
+        torch.load(f / "resnet_pruned_18.pt", weights_only=True)["state_dict"]
+        for f in (runs.students, tmp_path / "worse")
+    )
+    assert all(torch.equal(value, new[key]) for key, value in old.items())
+    assert report_of(tmp_path / "worse")["best"]["epoch"] == 0
+
+
+def test_finetune_takes_the_best_student_out_of_a_training_checkpoint(runs, tmp_path):
+    flags = ("--refine", runs.students / "checkpoint" / "model_best.pt", *runs.refine_flags[3:])
+    succeed("finetune.py", *flags, "--job_dir", tmp_path / "job")
+    assert (tmp_path / "job" / "metrics.jsonl").read_text() == (runs.refined / "metrics.jsonl").read_text()
+
+
+def same_run(a, b):
+    """Whether two jobs ended alike to the bit: weights, metrics and the exported network."""
+    weights = [torch.load(job / "checkpoint" / "last.pt", weights_only=True)["model"] for job in (a, b)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    networks = [torch.load(job / "resnet_pruned_18.pt", weights_only=True) for job in (a, b)]
+    assert all(torch.equal(value, networks[1]["state_dict"][key]) for key, value in networks[0]["state_dict"].items())
+
+
+def test_same_flags_give_the_same_bits(runs, tmp_path):
+    succeed("main.py", *runs.student_flags, "--job_dir", tmp_path / "again")
+    same_run(runs.students, tmp_path / "again")
+
+
+def test_resumed_run_ends_as_one_that_was_never_interrupted(runs, tmp_path):
+    """Stop after an epoch, with half a line of the next one's metrics written, and go on."""
+    job = tmp_path / "job"
+    schedule = ("--lr_decay_step", 1, 2)  # what the default is for three epochs
+    succeed("main.py", *runs.student_flags, *schedule, "--num_epochs", 1, "--job_dir", job)
+    with open(job / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "lr": 0.0')
+    output = succeed("main.py", *runs.student_flags, "--resume", "--job_dir", job)
+    assert "resuming after epoch 1" in output
+    same_run(runs.students, job)
+
+
+def test_resume_from_another_folder_brings_its_best_along(runs, tmp_path):
+    output = succeed(
+        "main.py",
+        *runs.student_flags,
+        "--resume",
+        runs.students / "checkpoint" / "last.pt",
+        "--job_dir",
+        tmp_path / "job",
+    )
+    assert "resuming after epoch 3" in output
+    weights = [torch.load(job / "resnet_pruned_18.pt", weights_only=True) for job in (runs.students, tmp_path / "job")]
+    assert all(torch.equal(value, weights[1]["state_dict"][key]) for key, value in weights[0]["state_dict"].items())
+
+
+def test_resume_without_a_checkpoint_starts_anew(runs, tmp_path):
+    output = succeed("main.py", *runs.student_flags, "--num_epochs", 1, "--resume", "--job_dir", tmp_path / "new")
+    assert "no checkpoint yet: starting anew" in output
+
+
+def test_resume_refuses_other_flags(runs):
+    error = fail("main.py", *runs.student_flags, "--lambda", 0.5, "--resume", "--job_dir", runs.students)
+    assert "--lambda 0.8, not 0.5" in error
+
+
+def test_test_only_prints_accuracies_and_writes_nothing(runs, tmp_path):
+    before = sorted((p, p.stat().st_mtime_ns) for p in runs.folder.rglob("*"))
+    output = succeed("main.py", *runs.student_flags, "--test_only", "--job_dir", runs.students)
+    report = report_of(runs.students)
+    for entry, line in zip(report["networks"], output.splitlines(), strict=True):
+        assert f"{entry['test']:.2f} %" in line
+    output = succeed("finetune.py", *runs.refine_flags[:3], "--test_only", "--job_dir", tmp_path / "none")
+    assert f"{row(report_of(runs.refined), 'student, before')['test']:.2f} %" in output
+    assert sorted((p, p.stat().st_mtime_ns) for p in runs.folder.rglob("*")) == before
+    assert not (tmp_path / "none").exists()
+
+
+def test_finished_job_is_refused_and_left_as_it_is(runs):
+    before = {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()}
+    for script, flags, job in (
+        ("main.py", runs.student_flags, runs.students),
+        ("finetune.py", runs.refine_flags, runs.refined),
+    ):
+        error = fail(script, *flags, "--job_dir", job)
+        assert "--resume" in error
+        assert "--reset" in error
+    assert "--reset would delete" in fail("finetune.py", *runs.refine_flags, "--reset", "--job_dir", runs.students)
+    assert {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()} == before
+
+
+def test_reset_deletes_the_old_run_and_nothing_else(runs, tmp_path):
+    job = tmp_path / "job"
+    shutil.copytree(runs.students, job)
+    (job / "notes.txt").write_text("mine")
+    (job / "run" / "train" / "mine").write_text("mine")
+    flags = ("--num_students", 1, "--lambda", 0, "--miu", 0, "--num_epochs", 1)
+    succeed("main.py", *runs.student_flags, *flags, "--reset", "--job_dir", job)
+    assert len((job / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (job / "notes.txt").read_text() == "mine"
+    assert (job / "run" / "train" / "mine").read_text() == "mine"
+    assert len(list((job / "run" / "train").glob("events*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "exported"),
+    [
+        (("--conv", "shift", "--num_students", 3, "--pruned_num", 7), "resnet_pruned_7.pt"),
+        (("--conv", "group", "--groups", 8, "--num_students", 1), "resnet_pruned_18.pt"),
+        (("--pruned_num", 0, "--num_students", 2, "--kl_reduction", "element"), "resnet_pruned_0.pt"),
+        (("--num_students", 1, "--lambda", 0, "--val_size", 0, "--scheduler", "cosine"), "resnet_pruned_18.pt"),
+        (("--student_model", "resnet_32", "--num_students", 1, "--precision", "bf16"), "resnet_pruned_0.pt"),
+    ],
+)
+def test_teacher_free_variants_run_and_can_be_refined(tmp_path, flags, exported):
+    base = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_epochs", 1)
+    succeed("main.py", *base, *flags, "--job_dir", tmp_path / "job")
+    report = report_of(tmp_path / "job")
+    assert report["networks"][0]["test"] is None  # no pretrained teacher, no accuracy
+    if "--val_size" in flags:
+        assert "on the TEST set" in (tmp_path / "job" / "report.md").read_text()
+        assert {entry["name"] for entry in report["networks"]} == {"resnet_20, standard", "student 1, best"}
+    file = tmp_path / "job" / exported
+    succeed("finetune.py", "--refine", file, "--pruned", "--num_epochs", 1, "--job_dir", tmp_path / "refined")
+    assert (tmp_path / "refined" / exported).is_file()
+
+
+def test_offline_distillation_is_one_student_without_the_online_term(runs, tmp_path):
+    flags = (*runs.student_flags, "--num_students", 1, "--lambda", 0, "--num_epochs", 1)
+    succeed("main.py", *flags, "--job_dir", tmp_path / "kd")
+    line = json.loads((tmp_path / "kd" / "metrics.jsonl").read_text())
+    assert set(line["train"]["loss"]) == {"total", "ce_students", "kl_pretrained"}
+    assert "online_teacher" not in line["val"]["accuracy"]
+
+
+def test_loss_that_explodes_ends_in_one_line(tmp_path):
+    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--lr", 1e30, "--print_freq", 2)
+    error = fail("main.py", *flags, "--num_epochs", 2, "--job_dir", tmp_path / "job")
+    assert "the loss is not finite in epoch 1, step" in error
+    assert "learning rate 1e+30" in error
+
+
+def test_help_answers_without_importing_torch():
+    result = run("main.py", "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0
+    assert "--lambda" in result.stdout
+    assert "numpy" not in result.stderr
+    assert "torch" not in result.stderr
+
+
+def test_works_from_another_folder(runs, tmp_path):
+    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_epochs", 1, "--num_students", 1)
+    succeed("main.py", *flags, "--job_dir", "relative job/", cwd=tmp_path)
+    assert (tmp_path / "relative job" / "report.md").is_file()
+    assert not (ROOT / "relative job").exists()
