@@ -1,0 +1,124 @@
+#!/bin/sh
+# The recipes. `sh run.sh` runs the line at the end that is active; `sh run.sh NAME [flags]` runs the recipe NAME, with
+# the flags added to the training of its students. Every recipe works from a fresh clone: what is missing is installed first,
+# into .venv, unless the active environment has it already.
+set -eu
+cd "$(dirname "$0")"
+
+# Set PYTHON to an interpreter that satisfies the given requirement files.
+setup() {
+    satisfied() {
+        "$1" - "$@" <<'EOF' 2>/dev/null
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+
+for file in sys.argv[2:]:
+    for line in map(str.strip, open(file)):
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(version(requirement.name), prereleases=True)
+EOF
+    }
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && satisfied python "$@"; then
+        PYTHON=python
+        return
+    fi
+    PYTHON=.venv/bin/python
+    if satisfied "$PYTHON" "$@"; then
+        return
+    fi
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "installing $* into .venv"
+            "$python" -m venv .venv
+            for file in "$@"; do
+                "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"
+            done
+            return
+        fi
+    done
+    echo "error: no Python 3.10 or newer found: install one, or activate an environment that has it" >&2
+    exit 2
+}
+
+# The whole job on the embedded digits: about a minute on 2 CPU cores.
+demo() {
+    setup requirements.txt
+    "$PYTHON" main.py --pretrain --dataset digits --arch resnet --teacher_model resnet_20 \
+        --num_epochs 30 --job_dir experiment/digits/teacher --reset
+    "$PYTHON" main.py --teacher_dir experiment/digits/teacher --dataset digits --arch resnet \
+        --teacher_model resnet_20 --student_model resnet_20_sparse --lambda 0.8 --miu 1 \
+        --num_epochs 30 --job_dir experiment/digits/students --reset "$@"
+    "$PYTHON" finetune.py --arch resnet --lr 1e-3 --refine experiment/digits/students/resnet_pruned_18.pt --pruned \
+        --num_epochs 10 --job_dir experiment/digits/refined --reset
+}
+
+# The tests.
+test() {
+    setup requirements.txt tests/requirements.txt
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m pytest "$@"
+}
+
+# CIFAR-10, ResNet-56, as in the paper. TEACHER: a checkpoint of the standard network, or a folder that holds one;
+# by default the one that pretrain_resnet_56 makes.
+TEACHER=${TEACHER:-experiment/resnet/teacher}
+
+pretrain_resnet_56() {
+    setup requirements.txt
+    "$PYTHON" main.py --pretrain --arch resnet --teacher_model resnet_56 --job_dir experiment/resnet/teacher "$@"
+}
+
+resnet_56() {
+    setup requirements.txt
+    "$PYTHON" main.py \
+        --teacher_dir "$TEACHER" \
+        --arch resnet --teacher_model resnet_56 --student_model resnet_56_sparse \
+        --lambda 0.8 --miu 1 \
+        --job_dir experiment/resnet/lambda_0.8_miu_1 "$@"
+}
+
+finetune_resnet_56() {
+    setup requirements.txt
+    "$PYTHON" finetune.py \
+        --arch resnet \
+        --lr 1e-4 \
+        --refine experiment/resnet/lambda_0.8_miu_1/resnet_pruned_54.pt \
+        --job_dir experiment/resnet/ft_lambda_0.8_miu_1/ \
+        --pruned "$@"
+}
+
+# The same without a pretrained teacher.
+resnet_56_teacher_free() {
+    setup requirements.txt
+    "$PYTHON" main.py --arch resnet --teacher_model resnet_56 --student_model resnet_56_sparse \
+        --lambda 0.8 --miu 0 --job_dir experiment/resnet/lambda_0.8_miu_0 "$@"
+}
+
+# Shift and group convolutions instead of depthwise ones.
+resnet_56_shift() {
+    resnet_56 --conv shift --job_dir experiment/resnet/shift_lambda_0.8_miu_1 "$@"
+}
+
+resnet_56_group() {
+    resnet_56 --conv group --groups 4 --job_dir experiment/resnet/group_lambda_0.8_miu_1 "$@"
+}
+
+if [ $# -gt 0 ]; then
+    recipes=$(sed -n 's/^\([a-z][a-z0-9_]*\)() {$/\1/p' run.sh | grep -v '^setup$' | tr '\n' ' ')
+    case " $recipes " in
+    *" $1 "*) "$@" ;;
+    *) echo "error: no recipe '$1' in run.sh: choose from $recipes" >&2 && exit 2 ;;
+    esac
+    exit
+fi
+
+demo
+# pretrain_resnet_56
+# resnet_56
+# finetune_resnet_56
+# resnet_56_teacher_free
+# resnet_56_shift
+# resnet_56_group
