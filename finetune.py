@@ -58,7 +58,9 @@ def main(args: argparse.Namespace) -> None:
     if args.test_only:
         print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
         return
-    meta = source | {"config": options.configuration(args)}
+    source.pop("accuracy", None)  # of the student before; the refined one gets its own
+    history = [*source.get("history", []), source["config"]]
+    meta = source | {"config": options.configuration(args), "history": history}
     if resumed:
         trainer.resume(resumed, job, meta)
 
@@ -86,9 +88,14 @@ def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}, but {args.refine} says {source[key]}: leave out --{flag}")
         setattr(args, flag, source[key])
     config = source["config"]
-    if args.dataset in (None, config["dataset"]):
-        args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
     args.dataset = args.dataset or config["dataset"]
+    if args.dataset == config["dataset"]:
+        args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
+        if args.val_size not in (None, 0, config["val_size"]):
+            raise UserError(
+                f"--val_size {args.val_size:g}, but {args.refine} was trained with {config['val_size']:g}: it would "
+                "validate on images that it was trained on; leave out --val_size"
+            )
     args.val_size = config["val_size"] if args.val_size is None else args.val_size
     args.teacher_model = args.teacher_model or config["teacher_model"]
 

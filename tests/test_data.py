@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import time
 
 import numpy as np
@@ -217,6 +218,43 @@ def test_folders_that_are_no_data_set(tmp_path, spoil, message):
 def test_unknown_data_set():
     with pytest.raises(ValueError, match="digits, cifar10, cifar100, folder"):
         data.load("mnist", None, 0.1)
+
+
+# --- CIFAR
+
+
+@pytest.mark.parametrize(
+    ("name", "folder_name", "files", "labels", "meta"),
+    [
+        ("cifar10", "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "labels", "batches.meta"),
+        ("cifar100", "cifar-100-python", ["train"], "fine_labels", "meta"),
+    ],
+)
+def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch, name, folder_name, files, labels, meta):
+    """From files laid out as the original ones; only their checksums cannot be imitated."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    generator = np.random.default_rng(0)
+    root, written = tmp_path / folder_name, {}
+    root.mkdir()
+    test_file = "test_batch" if name == "cifar10" else "test"
+    for file in (*files, test_file):
+        pixels = generator.integers(0, 256, (20, 3, 32, 32), np.uint8)
+        written[file] = pixels.transpose(0, 2, 3, 1)
+        content = {"data": pixels.reshape(20, -1), labels: [i % 10 for i in range(20)]}
+        (root / file).write_bytes(pickle.dumps(content))
+    key = "label_names" if name == "cifar10" else "fine_label_names"
+    (root / meta).write_bytes(pickle.dumps({key: list("abcdefghij")}))
+
+    dataset = data.load(name, tmp_path, 0.2)
+    source = dataset.source
+    assert dataset.classes == list("abcdefghij")
+    assert dataset.input_size == (3, 32, 32)
+    assert np.array_equal(source.train.images, np.concatenate([written[file] for file in files]))
+    assert np.array_equal(dataset.test.images, written[test_file])
+    assert dataset.test.targets.tolist() == [i % 10 for i in range(20)]
+    assert (source.padding, source.flip) == (4, True)
+    if name == "cifar10":
+        assert (source.mean, source.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 # --- batches

@@ -180,6 +180,7 @@ def test_missing_data_set_without_a_network(tmp_path, monkeypatch):
         (("--conv", "shift"), "--conv shift, but .* says depthwise"),
         (("--student_model", "resnet_32_sparse"), "says resnet_20_sparse"),
         (("--pruned_num", "3"), "says 18"),
+        (("--val_size", "0.3"), "validate on images that it was trained on"),
     ],
 )
 def test_flags_that_contradict_the_refined_file(runs, tmp_path, flags, message):

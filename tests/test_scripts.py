@@ -161,6 +161,13 @@ def test_refinement_reports_before_and_after_and_keeps_the_better(runs):
         assert row(report, name)["test"] == row(original, name)["test"]
 
 
+def test_refined_student_keeps_the_configuration_of_its_training(runs):
+    _, trained = load_student(runs.student_file)
+    _, refined = load_student(runs.refined / "resnet_pruned_18.pt")
+    assert refined["history"] == [trained["config"]]
+    assert refined["config"]["lr"] == 0.01
+
+
 def test_refinement_that_only_harms_exports_the_student_as_it_was(runs, tmp_path):
     succeed("finetune.py", *runs.refine_flags[:3], "--num_epochs", 1, "--lr", 3, "--job_dir", tmp_path / "worse")
     old, new = (

@@ -60,7 +60,8 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """An exported network, in eval mode on the CPU, and its metadata.
 
     The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes`, `classes`, `input_size` (C, H, W),
-    `mean` and `std` of the normalization (of pixels in 0 .. 1), `accuracy` (top-1 in %), and the run's `config`.
+    `mean` and `std` of the normalization (of pixels in 0 .. 1), `accuracy` (top-1 in %), `networks` (accuracy and cost
+    of every network of the run), the run's `config`, and, of a refined student, the configs before it in `history`.
 
     Raises:
         UserError (a ValueError): the file is missing, damaged, or no exported network.

@@ -52,7 +52,7 @@ class Trainer:
         precision: str,
     ):
         self.learner = learner.to(device, memory_format=torch.channels_last)
-        self.teacher = teacher if args.miu else None
+        self.teacher = teacher.to(device, memory_format=torch.channels_last) if teacher and args.miu else None
         self.device, self.precision = device, precision
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.objective = partial(
@@ -114,12 +114,11 @@ class Trainer:
                     bar.set_postfix(loss=f"{rows[-1][0]:.4f}")
                     if bar.disable and step < len(batches):
                         job.logger.info(f"{title}, step {step}/{len(batches)}: loss {rows[-1][0]:.4f}")
-        averages = (
-            torch.tensor(sizes, dtype=torch.double) @ torch.tensor(rows, dtype=torch.double) / sum(sizes)
-        ).tolist()
         names = ["total" if name == "loss" else name for name in losses]
+        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+        averages = weights @ torch.tensor(rows, dtype=torch.float64)
         return {
-            "loss": dict(zip(names, averages, strict=True)),
+            "loss": dict(zip(names, averages.tolist(), strict=True)),
             "accuracy": _by_network(self.learner, [100 * hits / sum(sizes) for hits in correct.tolist()]),
         }
 

@@ -21,4 +21,5 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -82,8 +82,13 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("distillation")
     add = group.add_argument
     add("--teacher_dir", type=Path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
-    add("--lambda", dest="lam", type=_weight, help="weight of the online, mutual term (default: 0.8)")
-    add("--miu", type=_weight, help="weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)")
+    add("--lambda", dest="lam", type=_weight, metavar="WEIGHT", help="weight of the online, mutual term (default: 0.8)")
+    add(
+        "--miu",
+        type=_weight,
+        metavar="WEIGHT",
+        help="weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)",
+    )
     add("--temperature", type=_positive, default=4.0, help="T of the softened distributions (default: %(default)s)")
     add(
         "--kl_reduction",
