@@ -22,7 +22,7 @@ from torch import nn
 import data
 from data import DataSet
 from data.loader import Loaders, make_loaders
-from model import build
+from model import build, check_teacher
 from model.online import Students
 from utils import checkpoint, report
 from utils.cost import Cost, count
@@ -40,12 +40,11 @@ def main(args: argparse.Namespace) -> None:
     precision = pick_precision(args.precision, device)
     student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine)
     take_from_file(args, source)
-    job = Job(args.job_dir, f"{args.arch}_pruned_{args.pruned_num}.pt")
-    resumed = job.checkpoint_to_resume(args.resume)
-    if not args.test_only:
-        if args.reset and args.refine.resolve().is_relative_to(args.job_dir.resolve()):
-            raise UserError(f"--reset would delete {args.refine}, the file to refine: choose another --job_dir")
-        job.check(resumed, args.reset)
+    check_teacher(args.arch, args.teacher_model)
+    job = Job(args.job_dir, options.configuration(args))
+    if args.reset and args.refine.resolve().is_relative_to(args.job_dir.resolve()):
+        raise UserError(f"--reset would delete {args.refine}, the file to refine: choose another --job_dir")
+    resumed = None if args.test_only else job.check(args.resume, args.reset)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
@@ -60,11 +59,11 @@ def main(args: argparse.Namespace) -> None:
         return
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
-    meta = source | {"config": options.configuration(args), "history": history}
+    meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
     if resumed:
-        trainer.resume(resumed, job, meta)
+        trainer.resume(resumed, meta)
 
-    job.open(meta["config"], trainer.epoch, args.reset)
+    job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
@@ -111,7 +110,9 @@ def results(
 ) -> list[Row]:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     size, splits = dataset.input_size, (loaders.val, loaders.test)
-    known = {network["name"]: network for network in source.get("networks", [])}
+    now, then = options.configuration(args), source["config"]
+    same_data = all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size"))
+    known = {network["name"]: network for network in source.get("networks", [])} if same_data else {}
     name = report.standard_name(args.teacher_model)
     standard = teacher or build(args.teacher_model, len(dataset.classes))  # untrained, to compare costs with
     if teacher:

@@ -21,7 +21,7 @@ from torch import nn
 import data
 from data import DataSet
 from data.loader import Batches, Loaders, make_loaders
-from model import build, check_architecture
+from model import build, check_architecture, check_teacher
 from model.conv import count_cheap
 from model.online import OnlineTeacher, Students
 from utils import checkpoint, report
@@ -39,10 +39,8 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     check_networks(args)
-    job = Job(args.job_dir, f"{args.teacher_model}.pt" if args.pretrain else f"{args.arch}_pruned_{args.pruned_num}.pt")
-    resumed = job.checkpoint_to_resume(args.resume)
-    if not args.test_only:
-        job.check(resumed, args.reset)
+    job = Job(args.job_dir, options.configuration(args))
+    resumed = None if args.test_only else job.check(args.resume, args.reset)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     num_classes, mean, std = len(dataset.classes), dataset.source.mean, dataset.source.std
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
@@ -50,13 +48,13 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision)
     if args.test_only:
-        print_test(resumed or job.best, trainer.learner, teacher, loaders.test)
+        print_test(args, job, trainer.learner, teacher, loaders.test)
         return
     meta = describe_run(args, dataset)
     if resumed:
-        trainer.resume(resumed, job, meta)
+        trainer.resume(resumed, meta)
 
-    job.open(meta["config"], trainer.epoch, args.reset)
+    job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
@@ -71,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
 
 def check_networks(args: argparse.Namespace) -> None:
     """Raise a UserError for networks that cannot be built, before data is read; puts a number to --pruned_num."""
-    check_architecture(args.arch, args.teacher_model)
+    check_teacher(args.arch, args.teacher_model)
     if args.pretrain:
         args.pruned_num = 0
     else:
@@ -122,7 +120,7 @@ def results(
     rows = [Row(report.standard_name(args.teacher_model), count(standard, size), *accuracies, standard)]
     if args.pretrain:
         return rows
-    val, test = (evaluate(learner, batches, "fp32")["accuracy"] for batches in (loaders.val, loaders.test))
+    val, test = (evaluate(learner, batches)["accuracy"] for batches in (loaders.val, loaders.test))
     for i, (student, *accuracies) in enumerate(zip(learner.students, val["students"], test["students"], strict=True)):
         name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
         rows.append(Row(name, count(student, size), *accuracies, network))
@@ -132,19 +130,23 @@ def results(
     return rows
 
 
-def print_test(path: Path, learner: Students, teacher: nn.Module | None, test: Batches) -> None:
+def print_test(args: argparse.Namespace, job: Job, learner: Students, teacher: nn.Module | None, test: Batches) -> None:
     """Print the test accuracies of the pretrained teacher, if given, and of a training checkpoint, if there is one."""
+    path = job.best if args.resume in (None, options.RESUME_LAST) else Path(args.resume)
     if not path.exists() and not teacher:
         raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
-    if teacher:
-        print(f"pretrained teacher: {top1(teacher, test):.2f} % on the test set")
+    accuracies = {"pretrained teacher": top1(teacher, test)} if teacher else {}
     if path.exists():
         checkpoint.load_weights(learner, checkpoint.load_checkpoint(path)["model"], str(path))
-        accuracy = evaluate(learner, test, "fp32")["accuracy"]
-        for i, value in enumerate(accuracy["students"], start=1):
-            print(f"student {i}: {value:.2f} % on the test set")
+        accuracy = evaluate(learner, test)["accuracy"]
+        if args.pretrain:
+            accuracies[args.teacher_model] = accuracy["students"][0]
+        else:
+            accuracies |= {f"student {i}": value for i, value in enumerate(accuracy["students"], start=1)}
         if "online_teacher" in accuracy:
-            print(f"online teacher: {accuracy['online_teacher']:.2f} % on the test set")
+            accuracies[report.ONLINE_TEACHER] = accuracy["online_teacher"]
+    for name, value in accuracies.items():
+        print(f"{name}: {value:.2f} % on the test set")
 
 
 if __name__ == "__main__":

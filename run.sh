@@ -50,7 +50,7 @@ demo() {
     "$PYTHON" main.py --teacher_dir experiment/digits/teacher --dataset digits --arch resnet \
         --teacher_model resnet_20 --student_model resnet_20_sparse --lambda 0.8 --miu 1 \
         --num_epochs 30 --job_dir experiment/digits/students --reset "$@"
-    "$PYTHON" finetune.py --arch resnet --lr 1e-3 --refine experiment/digits/students/resnet_pruned_18.pt --pruned \
+    "$PYTHON" finetune.py --arch resnet --lr 1e-3 --refine experiment/digits/students/resnet_pruned_*.pt --pruned \
         --num_epochs 10 --job_dir experiment/digits/refined --reset
 }
 
@@ -107,12 +107,15 @@ resnet_56_group() {
 }
 
 if [ $# -gt 0 ]; then
-    recipes=$(sed -n 's/^\([a-z][a-z0-9_]*\)() {$/\1/p' run.sh | grep -v '^setup$' | tr '\n' ' ')
-    case " $recipes " in
-    *" $1 "*) "$@" ;;
-    *) echo "error: no recipe '$1' in run.sh: choose from $recipes" >&2 && exit 2 ;;
-    esac
-    exit
+    recipes=$(sed -n 's/^\([a-z][a-z0-9_]*\)() {$/\1/p' run.sh | grep -v '^setup$')
+    for recipe in $recipes; do
+        if [ "$1" = "$recipe" ]; then
+            "$@"
+            exit
+        fi
+    done
+    echo "error: no recipe '$1' in run.sh: choose from" $recipes >&2
+    exit 2
 fi
 
 demo

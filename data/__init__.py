@@ -59,6 +59,8 @@ def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1) ->
     else:
         source = cifar(name, data_dir or DOWNLOADS)
 
+    if len(source.train) < 2:
+        raise UserError(f"{name} has {len(source.train)} training image: at least 2 are needed")
     if val_size == 0:
         return DataSet(name, source, source.train, source.test, source.test)
     if source.val is not None:

@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from data.sources import Source, Split, channel_statistics
@@ -34,14 +32,18 @@ def folder(data_dir: Path, workers: int) -> Source:
     if len(names) == 1:
         raise UserError(f"{data_dir} has neither test nor val: {LAYOUT}")
 
-    classes = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    classes = _class_names(root / "train")
     if len(classes) < 2:
         raise UserError(f"{root / 'train'} holds {len(classes)} class folder(s), at least 2 are needed: {LAYOUT}")
     files, targets, splits = [], [], {}
     for name in names:
         start = len(files)
-        for target, class_name in enumerate(_class_folders(root / name, classes)):
+        if unknown := sorted(set(_class_names(root / name)) - set(classes)):
+            raise UserError(f"{root / name} has a class that train does not have: {unknown[0]}")
+        for target, class_name in enumerate(classes):
             found = _image_files(root / name / class_name)
+            if name == "train" and not found:
+                raise UserError(f"no images in {root / name / class_name}: add some, or remove the class")
             files += found
             targets += [target] * len(found)
         if len(files) == start:
@@ -63,15 +65,16 @@ def folder(data_dir: Path, workers: int) -> Source:
     )
 
 
-def _class_folders(split: Path, classes: list[str]) -> list[str]:
-    present = sorted(entry.name for entry in split.iterdir() if entry.is_dir())
-    if unknown := sorted(set(present) - set(classes)):
-        raise UserError(f"{split} has a class that train does not have: {unknown[0]}")
-    return classes
+def _class_names(split: Path) -> list[str]:
+    return sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _image_files(top: Path) -> list[str]:
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(top) for name in names]
+    def stop(error: OSError) -> None:
+        if top.exists():  # a class may be missing from the test set
+            raise error
+
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(top, onerror=stop) for name in names]
     return sorted(path for path in paths if path.lower().endswith(EXTENSIONS))
 
 
@@ -98,7 +101,7 @@ def _load_cache(cache: Path, fingerprint: str, count: int) -> np.ndarray | None:
             images = file["images"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+    except Exception:  # a damaged file can raise anything
         print(f"{cache} is damaged: decoding the images again", flush=True)
         return None
     expected = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count and images.shape[-1] == 3
@@ -109,7 +112,10 @@ def _fingerprint(root: Path, files: Sequence[str]) -> str:
     """Changes with the name, size or time of any file."""
     digest = hashlib.sha256()
     for path in files:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise UserError(f"cannot read the image {path} ({error.strerror}): repair or delete it") from error
         name = path.removeprefix(str(root))
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
@@ -141,6 +147,8 @@ def _decode(files: Sequence[str], workers: int) -> np.ndarray:
 def _read(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip rather than scale
+                return np.repeat((np.asarray(image) // 257).astype(np.uint8)[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a damaged image can raise anything
         raise UserError(f"cannot read the image {path} ({error}): repair or delete it") from error

@@ -2,27 +2,26 @@
 
 To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
 `(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order
-(model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have.
+(model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have. The
+file may also define `from_public`, for checkpoints that other projects publish; see `from_public` below.
 """
 
 import difflib
 import importlib
 import pkgutil
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from model.conv import cheap_convs, standard_convs
 from utils.errors import UserError
 
 SPARSE = "_sparse"
 
-ARCHITECTURES = {
-    module.name: networks
-    for module in pkgutil.iter_modules(__path__)
-    if (networks := getattr(importlib.import_module(f"{__name__}.{module.name}"), "NETWORKS", None))
-}
-_BUILDERS = {name: builder for networks in ARCHITECTURES.values() for name, builder in networks.items()}
+_MODULES = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
+ARCHITECTURES = {name: module for name, module in _MODULES.items() if hasattr(module, "NETWORKS")}
+_BUILDERS = {name: builder for module in ARCHITECTURES.values() for name, builder in module.NETWORKS.items()}
 
 
 def names() -> list[str]:
@@ -34,8 +33,26 @@ def check_architecture(arch: str, name: str) -> None:
     """Raise a UserError unless `name` is a network of the architecture `arch`, a file of this folder."""
     _check_name(arch, list(ARCHITECTURES), "architecture")
     _check_name(name, names(), "network")
-    if name.removesuffix(SPARSE) not in ARCHITECTURES[arch]:
-        raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(ARCHITECTURES[arch])}")
+    known = ARCHITECTURES[arch].NETWORKS
+    if name.removesuffix(SPARSE) not in known:
+        raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(known)}")
+
+
+def check_teacher(arch: str, name: str) -> None:
+    """Raise a UserError unless `name` is a standard network of the architecture `arch`."""
+    check_architecture(arch, name)
+    if is_sparse(name):
+        raise UserError(f"--teacher_model {name} is a student: the teacher is the standard network")
+
+
+def from_public(name: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict that another project published, for the network `name`.
+
+    Returns:
+        The weights under this project's keys, and the keyword arguments of `build` for the variant that they are of.
+    """
+    module = next(module for module in ARCHITECTURES.values() if name in module.NETWORKS)
+    return module.from_public(weights) if hasattr(module, "from_public") else (weights, {})
 
 
 def _check_name(name: str, known: list[str], what: str) -> None:

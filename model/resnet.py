@@ -113,4 +113,12 @@ def _block(in_channels: int, channels: int, stride: int, conv1: Conv, conv2: Con
     return block(in_channels, channels, stride, conv1, conv2, skip)
 
 
+def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Public CIFAR ResNets call the classifier `linear` or `fc` and a projection `downsample` or `shortcut`."""
+    names = {"linear": "fc", "downsample": "shortcut"}
+    weights = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in weights.items()}
+    # Shortcuts without weights are those of option A.
+    return weights, {"shortcut": "B" if any(".shortcut." in key for key in weights) else "A"}
+
+
 NETWORKS = {f"resnet_{depth}": partial(ResNet, (depth - 2) // 6) for depth in (20, 32, 44, 56, 110)}

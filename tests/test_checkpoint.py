@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,11 @@ def write_truncated(path):
     path.write_bytes(path.read_bytes()[:-5000])
 
 
+def write_truncated_legacy(path):
+    torch.save(model.build("resnet_20").state_dict(), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:14017])
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -101,13 +107,14 @@ def write_truncated(path):
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("no checkpoint at all"),
         write_truncated,
+        write_truncated_legacy,
         write_pickle,
         write_malicious,
         lambda path: torch.save([1, 2, 3], path),
         lambda path: torch.save({"kind": "exported network"}, path),
         lambda path: torch.save({"kind": "exported network", "state_dict": {}, "meta": {}}, path),
     ],
-    ids=["missing", "folder", "empty", "text", "truncated", "pickle", "malicious", "list", "bare", "hollow"],
+    ids=["missing", "folder", "empty", "text", "truncated", "legacy", "pickle", "malicious", "list", "bare", "hollow"],
 )
 @pytest.mark.parametrize("read", [checkpoint.load_student, checkpoint.best_student])
 def test_files_that_are_no_student_are_refused_in_one_line(tmp_path, write, read):
@@ -247,6 +254,8 @@ def save_teacher(path, name="resnet_20", num_classes=10, **edits):
         (lambda p: torch.save(torch.zeros(3), p), "no state dict"),
         (write_malicious, "cannot be read"),
         (write_truncated, "cannot be read"),
+        (write_truncated_legacy, "cannot be read"),
+        (lambda p: torch.save({0: torch.zeros(3)}, p), "no state dict"),
         (lambda p: p.write_text("hello"), "cannot be read"),
     ],
 )
@@ -256,6 +265,39 @@ def test_files_that_are_no_such_teacher_are_refused(tmp_path, write, message):
         load_teacher(tmp_path / "teacher.pt", "resnet_20", 10)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
+
+
+class Tiny(torch.nn.Module):
+    """An architecture of a user's own; `linear` is what public ResNets call something else."""
+
+    num_features = 8
+
+    def __init__(self, num_classes, convs):
+        super().__init__()
+        self.conv = convs(1)[0](3, 8)
+        self.linear = torch.nn.Linear(8, num_classes)
+
+    def forward_features(self, x):
+        return self.conv(x)
+
+    def forward_head(self, features):
+        return self.linear(features.mean((2, 3)))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize("wrap", ["exported", "bare"])
+def test_teachers_of_other_architectures_load_under_their_own_names(tmp_path, monkeypatch, wrap):
+    monkeypatch.setitem(model.ARCHITECTURES, "tiny", SimpleNamespace(NETWORKS={"tiny": Tiny}))
+    monkeypatch.setitem(model._BUILDERS, "tiny", Tiny)
+    network = model.build("tiny")
+    if wrap == "exported":
+        checkpoint.export(tmp_path / "tiny.pt", network, meta("tiny"))
+    else:
+        torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "tiny.pt")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_teacher(tmp_path, "tiny", 10)(x), network(x))
 
 
 def test_teacher_dir_may_be_a_file_or_a_folder_that_holds_one(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import time
 
 import numpy as np
@@ -101,6 +102,22 @@ def test_folder_converts_other_modes(tmp_path, mode):
     assert folder(tmp_path / "set", workers=1).train.images.shape == (12, 8, 10, 3)
 
 
+def test_folder_scales_16_bit_gray(tmp_path):
+    make_tree(tmp_path / "set")
+    path = tmp_path / "set" / "train" / "cat" / "0.png"
+    Image.fromarray(np.full((8, 10), 257 * 100, np.uint16)).save(path)
+    assert (folder(tmp_path / "set", 1).train.images[0] == 100).all()
+
+
+def test_folder_leaves_out_hidden_folders_and_takes_nested_ones(tmp_path):
+    make_tree(tmp_path / "set")
+    shutil.copytree(tmp_path / "set" / "train" / "cat", tmp_path / "set" / "train" / ".ipynb_checkpoints")
+    shutil.copytree(tmp_path / "set" / "train" / "cat", tmp_path / "set" / "train" / "dog" / "more")
+    source = folder(tmp_path / "set", 1)
+    assert source.classes == ["cat", "dog"]
+    assert source.train.targets.tolist() == [0] * 6 + [1] * 12
+
+
 def test_folder_with_val_for_test_and_with_both(tmp_path):
     make_tree(tmp_path / "a", splits=("train", "val"))
     assert folder(tmp_path / "a", 1).val is None
@@ -160,6 +177,8 @@ def npz(**arrays):
         lambda content: content[:-300] + bytes([content[-300] ^ 1]) + content[-299:],
         lambda content: b"not an archive" * 100,
         lambda content: npz(images=np.zeros(3)),
+        lambda content: content.replace(b"PK\x03\x04\x14\x00\x00\x00", b"PK\x03\x04\x14\x00\x01\x00"),  # "encrypted"
+        lambda content: content.replace(b"'descr': '|u1'", b"'descr': (|u1'"),
         lambda content: npz(fingerprint=np.array([{"an": "object"}], dtype=object), images=np.zeros(3)),
     ],
 )
@@ -204,6 +223,8 @@ def remove_images(root):
         (lambda root: (root / "train").rename(root / "training"), "no folder train"),
         (lambda root: (root / "test").rename(root / "testing"), "neither test nor val"),
         (lambda root: (root / "train" / "dog").rename(root / "dog"), "holds 1 class"),
+        (lambda root: [p.unlink() for p in (root / "train" / "dog").iterdir()], "no images in .*dog"),
+        (lambda root: (root / "train" / "dog" / "z.png").symlink_to("nothing"), r"cannot read the image .*z\.png"),
         (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "class that train does not have: fox"),
     ],
 )

@@ -138,7 +138,7 @@ def test_evaluate_against_a_plain_count():
     learner.train()(torch.randn(16, 3, 8, 8))
     generator = np.random.default_rng(0)
     split = Split(generator.integers(0, 256, (25, 8, 8, 3), np.uint8), generator.integers(0, 4, 25))
-    scores = evaluate(learner, Batches(split, 10, (0.5,) * 3, (0.2,) * 3, CPU), "fp32")
+    scores = evaluate(learner, Batches(split, 10, (0.5,) * 3, (0.2,) * 3, CPU))
     with torch.no_grad():
         images = torch.from_numpy((split.images / 255 - 0.5) / 0.2).permute(0, 3, 1, 2).float()
         student_logits, teacher_logits = learner.eval()(images)
@@ -163,8 +163,8 @@ def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, 
 
 @pytest.fixture
 def job(tmp_path):
-    job = Job(tmp_path / "job", "student.pt")
-    job.open({}, epoch=0, reset=False)
+    job = Job(tmp_path / "job", options.configuration(arguments()))
+    job.open(None, epoch=0, reset=False)
     yield job
     job.close()
     logging.getLogger("job").handlers.clear()
@@ -207,7 +207,7 @@ def test_best_epoch_is_the_one_exported(job):
     assert load_checkpoint(job.best)["epoch"] == best + 1
     assert load_checkpoint(job.last)["epoch"] == 6
     trainer.load_best(job)
-    assert evaluate(trainer.learner, val, "fp32") == epochs[best]
+    assert evaluate(trainer.learner, val) == epochs[best]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job):

@@ -39,6 +39,10 @@ REFINE = ("--refine", "x.pt")
         ("main", ("--num_students", "0"), "a whole number above 0"),
         ("main", ("--pruned_num", "-1"), "0 or more"),
         ("main", ("--momentum", "1"), "below 1"),
+        ("main", ("--temperature", "1e200"), "at most 1000"),
+        ("main", ("--train_batch_size", "1"), "BatchNorm cannot train on a single image"),
+        ("main", ("--eval_batch_size", "99999999999999999999"), "a whole number above 0"),
+        ("main", ("--job_dir", "a\udcff"), "valid UTF-8"),
         ("main", ("--val_size", "1.5"), "a fraction below 1 or a whole number"),
         ("main", ("--miu", "1"), "needs a pretrained teacher: give --teacher_dir"),
         ("main", ("--groups", "4"), "--conv group"),
@@ -135,6 +139,8 @@ def job_dir_that_is_a_file(path):
         (lambda path: ("--arch", "vgg"), "unknown architecture 'vgg': try resnet"),
         (lambda path: ("--teacher_model", "resnet_21"), "unknown network 'resnet_21': try .*resnet_20"),
         (lambda path: ("--student_model", "resnet_20_spars"), "try resnet_20_sparse"),
+        (lambda path: ("--teacher_model", "resnet_20_sparse"), "is a student: the teacher is the standard network"),
+        (lambda path: ("--pretrain", "--teacher_model", "resnet_20_sparse"), "is a student"),
         (lambda path: ("--dataset", "mnist"), "choose from digits"),
         (lambda path: ("--dataset", "folder"), "needs --data_dir"),
         (lambda path: ("--dataset", "folder", "--data_dir", path / "nowhere"), "no folder train"),
@@ -181,6 +187,8 @@ def test_missing_data_set_without_a_network(tmp_path, monkeypatch):
         (("--student_model", "resnet_32_sparse"), "says resnet_20_sparse"),
         (("--pruned_num", "3"), "says 18"),
         (("--val_size", "0.3"), "validate on images that it was trained on"),
+        (("--teacher_model", "resnet_21"), "unknown network 'resnet_21'"),
+        (("--teacher_model", "resnet_32_sparse"), "is a student"),
     ],
 )
 def test_flags_that_contradict_the_refined_file(runs, tmp_path, flags, message):

@@ -3,10 +3,10 @@
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from utils.files import atomic_write
-from utils.job import Job
+from utils.job import Job, read_metrics
 
 
 def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) -> None:
@@ -16,7 +16,7 @@ def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) 
         best: the epoch and student that were chosen.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
-    metrics = job.read_metrics()
+    metrics = read_metrics(job.metrics)
     epochs = [line["epoch"] for line in metrics]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
@@ -41,7 +41,7 @@ def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) 
     accuracies.set(title="Validation accuracy, top-1 %", xlabel="epoch")
 
     for axes in (losses, accuracies):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(FixedLocator(epochs) if len(epochs) == 1 else MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import shutil
 import time
 from datetime import timedelta
 from functools import partial
@@ -67,7 +66,7 @@ class Trainer:
             self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
         if args.compile == "on":
             learner.compile()
-        self.epoch, self.best, self.resumed_best = 0, None, None
+        self.epoch, self.best = 0, None
 
     def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One step of SGD. Returns the loss and its terms, and the correct answers of each student and the teacher."""
@@ -134,10 +133,8 @@ class Trainer:
         Raises:
             UserError: a loss is not finite. The checkpoints on the disk are those of the last good epoch.
         """
-        if self.resumed_best and not job.best.exists():
-            shutil.copyfile(self.resumed_best, job.best)
         if start_counts and self.epoch == 0:
-            self._keep_best(evaluate(self.learner, val, self.precision), job, meta)
+            self._keep_best(evaluate(self.learner, val), job, meta)
         started, first = time.perf_counter(), self.epoch
         while self.epoch < self.num_epochs:
             self.epoch += 1
@@ -146,7 +143,7 @@ class Trainer:
             epoch_started = time.perf_counter()
             train_scores = self.train_one_epoch(train, job)
             rate = train.num_images / (time.perf_counter() - epoch_started)
-            scores = evaluate(self.learner, val, self.precision)
+            scores = evaluate(self.learner, val)
             self._check_finite(flatten(scores["loss"]), "on the validation set", job)
 
             self._keep_best(scores, job, meta)
@@ -159,11 +156,11 @@ class Trainer:
                 f"{rate:,.0f} images/s, {timedelta(seconds=round(eta))} left"
             )
 
-    def resume(self, path: Path, job: Job, meta: dict[str, Any]) -> None:
-        """Go on from a training checkpoint of the same run.
+    def resume(self, path: Path, meta: dict[str, Any]) -> None:
+        """Go on from a training checkpoint, with the model_best.pt beside it.
 
         Raises:
-            UserError: it cannot be read, or its run had other flags.
+            UserError: they cannot be read or do not belong together, or the run had other flags.
         """
         content = checkpoint.load_checkpoint(path)
         was, now = content["meta"]["config"], meta["config"]
@@ -175,9 +172,10 @@ class Trainer:
         checkpoint.load_weights(self.learner, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.best = content["epoch"], content["best"]
-        self.resumed_best = path.with_name(job.best.name)
-        if not self.resumed_best.is_file():
-            raise UserError(f"{path} can be resumed only with {self.resumed_best.name} beside it")
+        best = path.with_name("model_best.pt")
+        # A run that was killed between its two writes left the best of the epoch after: it comes again.
+        if checkpoint.load_checkpoint(best)["epoch"] not in (self.best["epoch"], self.epoch + 1):
+            raise UserError(f"{best} is of another epoch than the best one of {path}: resume from last.pt")
 
     @property
     def best_student(self) -> nn.Module:
@@ -210,21 +208,20 @@ class Trainer:
     def _check_finite(self, losses: dict[str, float], where: str, job: Job) -> None:
         if not all(map(math.isfinite, losses.values())):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            kept = f"{job.last} is the last good checkpoint" if job.last.exists() else "no checkpoint was written"
+            kept = f"{job.last} is the last good checkpoint" if job.last.exists() else "no epoch was finished"
             raise UserError(
                 f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate "
                 f"{self.learning_rate(self.epoch):g}; {kept}: lower --lr, or try --precision fp32"
             )
 
 
-def evaluate(learner: Students, batches: Batches, precision: str) -> Scores:
-    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher."""
+def evaluate(learner: Students, batches: Batches) -> Scores:
+    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported."""
     learner.eval()
     correct = loss = 0
     with torch.inference_mode():
         for images, targets in batches:
-            with autocast(images.device, precision):
-                logits = _all_logits(*learner(images)).float()
+            logits = _all_logits(*learner(images))
             correct = correct + (logits.argmax(-1) == targets).sum(1)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
             loss = loss + losses.view(len(logits), -1).sum(1)
@@ -235,8 +232,8 @@ def evaluate(learner: Students, batches: Batches, precision: str) -> Scores:
 
 
 def top1(network: nn.Module, batches: Batches) -> float:
-    """Top-1 accuracy in % of one network, in float32."""
-    return evaluate(Students([network]), batches, "fp32")["accuracy"]["students"][0]
+    """Top-1 accuracy in % of one network."""
+    return evaluate(Students([network]), batches)["accuracy"]["students"][0]
 
 
 def step_rate(base: float, decay_epochs: list[int], epoch: int) -> float:

@@ -1,7 +1,15 @@
 """The one exception for mistakes a person can mend; anything else is a bug and keeps its traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+# What the machine refuses to do is not a bug of ours either: no permission, no space, no such name possible.
+ENVIRONMENT = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP")
+    if hasattr(errno, name)
+}
 
 
 class UserError(ValueError):
@@ -20,6 +28,10 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         exit_with(error)
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        exit_with(f"{error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

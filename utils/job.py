@@ -1,9 +1,12 @@
 """The files of a job: its folder, log, metrics and tensorboard events."""
 
+import glob
 import json
 import logging
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +16,38 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.options import RESUME_LAST
 
+PHASES = ("train", "test")
+
 
 class Job:
     """A job_dir; nothing is written before `open`.
 
     Args:
-        export_name: file name of the network that the run exports.
+        config: the run's configuration, of which the name of the exported network follows.
     """
 
-    def __init__(self, folder: Path, export_name: str):
-        self.folder = folder
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.folder, self.configuration = folder, config
         self.config = folder / "config.json"
         self.log_file = folder / "logger.log"
         self.metrics = folder / "metrics.jsonl"
         self.events = folder / "run"
         self.last = folder / "checkpoint" / "last.pt"
         self.best = folder / "checkpoint" / "model_best.pt"
-        self.export = folder / export_name
+        self.export = folder / export_name(config)
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
 
-    def check(self, resumed: Path | None, reset: bool) -> None:
-        """Raise a UserError if the folder cannot be written, or holds a run that is neither resumed nor reset."""
-        held = [path for path in (self.last, self.best, self.export, self.report_json) if path.exists()]
+    def check(self, resume: str | None, reset: bool) -> Path | None:
+        """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
+
+        Raises:
+            UserError: the folder cannot be written, or holds a run that is neither resumed nor reset.
+        """
+        resumed = self.last if resume == RESUME_LAST else Path(resume) if resume else None
         own = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
+        held = [path for path in (self.last, self.best, self.export, self.report_json) if path.exists()]
         if held and not (own or reset):
             raise UserError(
                 f"{self.folder} already holds a run ({held[0].name}): continue it with --resume, delete it with "
@@ -46,15 +56,13 @@ class Job:
         parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"--job_dir {self.folder} cannot be written: {parent} is not a writable folder")
+        return None if resume == RESUME_LAST and not self.last.exists() else resumed
 
-    def checkpoint_to_resume(self, flag: str | None) -> Path | None:
-        """The file that --resume means; None without it, or if it is bare and there is none yet."""
-        if flag == RESUME_LAST:
-            return self.last if self.last.exists() else None
-        return Path(flag) if flag else None
+    def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
+        """Create the folder, or with reset clear it, and start its logs.
 
-    def open(self, config: dict[str, Any], epoch: int, reset: bool) -> None:
-        """Create the folder, or with reset clear it, and start its logs after `epoch` epochs that a resumed run keeps.
+        A run that is resumed keeps what its `epoch` epochs recorded, and tensorboard shows them again; one that is
+        resumed from another job's checkpoint takes over that job's record and its best epoch.
 
         Raises:
             UserError: the folder cannot be written.
@@ -64,49 +72,88 @@ class Job:
             if reset:
                 self._clear()
             with atomic_write(self.config, "w") as file:
-                json.dump(config, file, indent=2)
-            kept = [line for line in self.read_metrics() if line["epoch"] <= epoch]
+                json.dump(self.configuration, file, indent=2)
+            kept = []
+            if resumed:
+                kept = [line for line in read_metrics(_record_of(resumed)) if line["epoch"] <= epoch]
+                if resumed.resolve().parent != self.best.resolve().parent:
+                    shutil.copyfile(resumed.with_name(self.best.name), self.best)
             with atomic_write(self.metrics, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
             self.logger = _logger(self.log_file)
-            self.writers = {
-                phase: SummaryWriter(str(self.events / phase), purge_step=epoch + 1 if epoch else None)
-                for phase in ("train", "test")
-            }
+            self._delete_events()
+            self.writers = {phase: SummaryWriter(str(self.events / phase)) for phase in PHASES}
+            for line in kept:
+                self._add_scalars(line)
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for path in (self.config, self.log_file, self.metrics, self.last, self.best, self.export):
+        exported = {self.export}
+        if self.config.is_file():
+            with suppress(ValueError, KeyError, TypeError):  # not a config.json of this program
+                exported.add(self.folder / export_name(json.loads(self.config.read_text(encoding="utf-8"))))
+        reports = (self.report, self.report_json, self.curves)
+        for path in (self.config, self.log_file, self.metrics, self.last, self.best, *exported, *reports):
             path.unlink(missing_ok=True)
-        for path in (self.report, self.report_json, self.curves):
-            path.unlink(missing_ok=True)
-        for phase in ("train", "test"):
+            for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                unfinished.unlink()
+        self._delete_events()
+
+    def _delete_events(self) -> None:
+        for phase in PHASES:
             for events in (self.events / phase).glob("events.out.tfevents.*"):
                 events.unlink()
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, one for each epoch; a last line that was cut off is left out."""
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
     def add_metrics(self, epoch: int, lr: float, train: dict[str, Any], val: dict[str, Any]) -> None:
         """Append an epoch to metrics.jsonl and its scalars to tensorboard."""
+        line = {"epoch": epoch, "lr": lr, "train": train, "val": val}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": epoch, "lr": lr, "train": train, "val": val}) + "\n")
-        self.writers["train"].add_scalar("lr", lr, epoch)
-        for phase, values in (("train", train), ("test", val)):
-            writer = self.writers[phase]
+            file.write(json.dumps(line) + "\n")
+        self._add_scalars(line)
+
+    def _add_scalars(self, line: dict[str, Any]) -> None:
+        for phase, values in (("train", {"lr": line["lr"], **line["train"]}), ("test", line["val"])):
             for name, value in flatten(values).items():
-                writer.add_scalar(name, value, epoch)
-            writer.flush()
+                self.writers[phase].add_scalar(name, value, line["epoch"])
+            self.writers[phase].flush()
 
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+
+
+def export_name(config: dict[str, Any]) -> str:
+    """File name of the network that a run exports."""
+    return (
+        f"{config['teacher_model']}.pt" if config["pretrain"] else f"{config['arch']}_pruned_{config['pruned_num']}.pt"
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, one for each epoch; a last line that was cut off is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    metrics = []
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
+    ):
+        if line.endswith("\n"):
+            try:
+                metrics.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset") from error
+    return metrics
+
+
+def _record_of(checkpoint: Path) -> Path:
+    """The metrics.jsonl of the job that a checkpoint belongs to."""
+    return checkpoint.parent.parent / "metrics.jsonl"
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:

@@ -35,7 +35,17 @@ def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable
     return parse
 
 
-_positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+def _path(text: str) -> Path:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be valid UTF-8, not {text!a}") from None
+    return Path(text)
+
+
+_positive_int = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0")
+_batch = _number(int, lambda x: 1 < x < 2**31, "a whole number above 1 (BatchNorm cannot train on a single image)")
+_temperature = _number(float, lambda x: 0 < x <= 1000, "a number above 0, at most 1000")
 _count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
@@ -81,7 +91,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("distillation")
     add = group.add_argument
-    add("--teacher_dir", type=Path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
+    add("--teacher_dir", type=_path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
     add("--lambda", dest="lam", type=_weight, metavar="WEIGHT", help="weight of the online, mutual term (default: 0.8)")
     add(
         "--miu",
@@ -89,7 +99,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         metavar="WEIGHT",
         help="weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)",
     )
-    add("--temperature", type=_positive, default=4.0, help="T of the softened distributions (default: %(default)s)")
+    add("--temperature", type=_temperature, default=4.0, help="T of the softened distributions (default: %(default)s)")
     add(
         "--kl_reduction",
         choices=("batchmean", "element"),
@@ -102,7 +112,10 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--dataset", metavar="NAME", help="digits, cifar10, cifar100 or folder (default: cifar10)")
     add(
-        "--data_dir", type=Path, metavar="PATH", help="where the data is, or is downloaded to (default: data/downloads)"
+        "--data_dir",
+        type=_path,
+        metavar="PATH",
+        help="where the data is, or is downloaded to (default: data/downloads)",
     )
     add(
         "--val_size",
@@ -114,7 +127,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--num_epochs", type=_positive_int, default=30 if finetune else 300, help="(default: %(default)s)")
-    add("--train_batch_size", type=_positive_int, default=128, help="(default: %(default)s)")
+    add("--train_batch_size", type=_batch, default=128, help="(default: %(default)s)")
     add("--eval_batch_size", type=_positive_int, default=100, help="(default: %(default)s)")
     add("--lr", type=_positive, default=1e-4 if finetune else 0.1, help="learning rate (default: %(default)s)")
     add("--momentum", type=_fraction, default=0.9, help="(default: %(default)s)")
@@ -133,7 +146,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         "--job_dir",
-        type=Path,
+        type=_path,
         default=Path("experiment/finetune" if finetune else "experiment/job"),
         metavar="PATH",
         help="where everything is written (default: %(default)s)",
@@ -148,7 +161,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add("--reset", action="store_true", help="delete what an earlier run wrote to the job_dir and start over")
     add("--test_only", action="store_true", help="evaluate on the test set; train and write nothing")
     add("--pretrain", action="store_true", help="main.py: train the standard network alone, to be a teacher")
-    add("--refine", type=Path, metavar="FILE", help="finetune.py: the student to refine, or a training checkpoint")
+    add("--refine", type=_path, metavar="FILE", help="finetune.py: the student to refine, or a training checkpoint")
     add("--pruned", action="store_true", help="finetune.py: --refine is an exported student")
 
     group = parser.add_argument_group("machine")

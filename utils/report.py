@@ -86,7 +86,9 @@ def _write(
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
     ]
-    flags = " ".join(f"`--{name} {value}`" for name, value in meta["config"].items() if value not in (None, False))
+    flags = " ".join(
+        f"`--{name} {value}`" for name, value in meta["config"].items() if value is not None and value is not False
+    )
     text = [f"# {job.export.name}", "", *_accuracy_table(table), "", *_cost_table(table), ""]
     text += [*(f"- {note}" for note in (*notes, flags)), ""]
     with atomic_write(job.report, "w") as file:

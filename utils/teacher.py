@@ -6,22 +6,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model import build
+from model import build, from_public
 from utils.checkpoint import CHECKPOINT, NETWORK, kind_of, load, load_weights
 from utils.errors import UserError
 
-# Where public training scripts keep the state dict, what they put before its keys, and what they call its parts.
+# Where public training scripts keep the state dict, and what DataParallel puts before its keys.
 WRAPPERS = ("state_dict", "model", "net")
 PREFIX = "module."
-RENAMED = {"linear.": "fc.", "downsample.": "shortcut."}
 
 
 def load_teacher(path: Path, name: str, num_classes: int) -> nn.Module:
     """The standard network `name` with the weights of `path`, frozen and in eval mode.
 
-    Takes a network exported by `main.py --pretrain`, or a state dict with CIFAR ResNet keys as public projects save
-    it: bare or wrapped, with or without `module.`, with `linear` or `fc`, `downsample` or `shortcut`, shortcuts of
-    option A or B. Only `num_batches_tracked` may be missing.
+    Takes a network exported by `main.py --pretrain`, or a state dict as public projects save it: bare or wrapped, with
+    or without `module.`, under the names that its architecture's file knows. Only `num_batches_tracked` may be missing.
 
     Args:
         path: the file, or a folder that holds it: `[name].pt`, or else its only checkpoint.
@@ -30,10 +28,16 @@ def load_teacher(path: Path, name: str, num_classes: int) -> nn.Module:
         UserError: nothing there, no checkpoint, or one of another architecture, width or class count.
     """
     file = find_file(path, name)
-    weights = _state_dict(load(file), file, name)
-    # Shortcuts without weights are those of option A.
-    shortcut = "B" if any(".shortcut." in key for key in weights) else "A"
-    network = build(name, num_classes, shortcut=shortcut)
+    content = load(file)
+    if kind_of(content) == CHECKPOINT:
+        raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
+    if kind_of(content) == NETWORK:
+        if content["meta"].get("model") != name:
+            raise UserError(f"{file} holds a {content['meta'].get('model')}, but --teacher_model is {name}")
+        weights, options = content["state_dict"], {}
+    else:
+        weights, options = from_public(name, _state_dict(content, file))
+    network = build(name, num_classes, **options)
     untracked = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
     load_weights(network, untracked | weights, f"{file} as {name} with {num_classes} classes")
     return network.eval().requires_grad_(False)
@@ -59,25 +63,16 @@ def find_file(path: Path, name: str) -> Path:
     return found[0]
 
 
-def _state_dict(content: Any, file: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names that this project's networks use."""
-    if kind_of(content) == CHECKPOINT:
-        raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
-    if kind_of(content) == NETWORK and content["meta"].get("model") != name:
-        raise UserError(f"{file} holds a {content['meta'].get('model')}, but --teacher_model is {name}")
+def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a public checkpoint, out of their wrapping."""
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
+    if not tensors or not all(isinstance(key, str) for key in content):
         raise UserError(f"{file} holds no state dict, neither bare nor under {_listed(WRAPPERS)}")
-    weights = {}
-    for key, value in content.items():
-        key = key.removeprefix(PREFIX)
-        for theirs, ours in RENAMED.items():
-            key = key.replace(theirs, ours)
-        weights[key] = value
-    return weights
+    return {key.removeprefix(PREFIX): value for key, value in content.items()}
 
 
 def _listed(names: Iterable[str]) -> str:
