@@ -7,7 +7,6 @@ from PIL import Image
 import finetune
 import main
 import model
-from tests.helpers import ROOT
 from tests.test_data import make_tree
 from utils import options
 from utils.errors import UserError
@@ -203,10 +202,3 @@ def test_refining_on_data_of_other_classes_is_refused(runs, tmp_path):
     flags = [*runs.refine_flags, "--dataset", "folder", "--data_dir", tmp_path / "set", "--job_dir", tmp_path / "job"]
     with pytest.raises(UserError, match="knows other classes"):
         finetune.main(options.parse("finetune", list(map(str, flags))))
-
-
-def test_readme_describes_every_flag():
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
-    described = {line.split("`")[1] for line in rows}
-    known = {flag for action in options.build_parser("main")._actions for flag in action.option_strings}
-    assert described == known - {"-h", "--help"}

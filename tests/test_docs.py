@@ -1,0 +1,73 @@
+"""What the README and run.sh tell people to type."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.helpers import ROOT
+from utils import options
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python ((?:main|finetune)\.py .*)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_are_accepted(command):
+    script, *flags = shlex.split(command)
+    options.parse(script.removesuffix(".py"), flags)
+
+
+def test_readme_has_the_commands_of_the_paper_s_repository_to_the_letter():
+    job = "experiment/resnet/lambda_0.8_miu_1"
+    assert (
+        "main.py --teacher_dir X --arch resnet --teacher_model resnet_56 --student_model resnet_56_sparse "
+        f"--lambda 0.8 --miu 1 --job_dir {job}"
+    ) in COMMANDS
+    assert (
+        f"finetune.py --arch resnet --lr 1e-4 --refine {job}/resnet_pruned_54.pt "
+        "--job_dir experiment/resnet/ft_lambda_0.8_miu_1/ --pruned"
+    ) in COMMANDS
+
+
+def test_readme_describes_every_flag():
+    rows = [line for line in README.splitlines() if line.startswith("| `--")]
+    described = {line.split("`")[1] for line in rows}
+    known = {flag for action in options.build_parser("main")._actions for flag in action.option_strings}
+    assert described == known - {"-h", "--help"}
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "demo test", "setup", "satisfied"])
+def test_run_sh_refuses_what_is_no_recipe(name):
+    result = subprocess.run(["sh", ROOT / "run.sh", name], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: no recipe '{name}' in run.sh: choose from demo test ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_every_recipe_of_run_sh_is_accepted(tmp_path):
+    """The recipes with an interpreter that prints its arguments in place of Python."""
+    script = (ROOT / "run.sh").read_text()
+    recipes = re.findall(r"^([a-z]\w*)\(\) \{$", script, flags=re.MULTILINE)
+    recipes = [name for name in recipes if name not in ("setup", "test")]
+    assert len(recipes) > 5
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "run.sh").write_text(script)
+    students = tmp_path / "experiment" / "digits" / "students"
+    students.mkdir(parents=True)
+    (students / "resnet_pruned_18.pt").touch()
+    interpreter = tmp_path / "bin" / "python"
+    interpreter.parent.mkdir()
+    interpreter.write_text('#!/bin/sh\n[ "$1" = - ] || printf "%s\\n" "$*"\n')
+    interpreter.chmod(0o755)
+    environment = {"PATH": f"{interpreter.parent}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
+    for name in recipes:
+        output = subprocess.run(
+            ["sh", tmp_path / "run.sh", name], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert output
+        for line in output.splitlines():
+            script_name, *flags = shlex.split(line)
+            options.parse(script_name.removesuffix(".py"), flags)
+    assert not (tmp_path / ".venv").exists()
