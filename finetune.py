@@ -42,16 +42,15 @@ def main(args: argparse.Namespace) -> None:
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
     job = Job(args.job_dir, options.configuration(args))
-    if args.reset and args.refine.resolve().is_relative_to(args.job_dir.resolve()):
-        raise UserError(f"--reset would delete {args.refine}, the file to refine: choose another --job_dir")
-    resumed = None if args.test_only else job.check(args.resume, args.reset)
+    inputs = (args.refine, args.teacher_dir, args.data_dir)
+    resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
     mean, std = source["mean"], source["std"]
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
     num_classes = len(dataset.classes)
-    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes).to(device) if args.teacher_dir else None
+    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     before = copy.deepcopy(student).to(device)
     trainer = Trainer(Students([student]), teacher, args, device, precision)
     if args.test_only:
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
-    trainer.fit(loaders.train, loaders.val, job, meta, start_counts=True)
+    trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)
 
     trainer.load_best(job)
     rows = results(args, trainer, before, teacher, source, loaders, dataset)

@@ -1,7 +1,7 @@
-"""Train cheap-convolution students with an online teacher and export the best of them.
+r"""Train cheap-convolution students with an online teacher and export the best of them.
 
     python main.py --dataset digits --teacher_model resnet_20 --num_epochs 20 --job_dir experiment/digits
-    python main.py --teacher_dir teacher.pt --teacher_model resnet_56 --student_model resnet_56_sparse \\
+    python main.py --teacher_dir teacher.pt --teacher_model resnet_56 --student_model resnet_56_sparse \
         --lambda 0.8 --miu 1 --job_dir experiment/resnet/lambda_0.8_miu_1
     python main.py --pretrain --teacher_model resnet_56 --job_dir experiment/resnet/teacher
 """
@@ -38,13 +38,14 @@ def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    check_networks(args)
+    resolve_networks(args)
     job = Job(args.job_dir, options.configuration(args))
-    resumed = None if args.test_only else job.check(args.resume, args.reset)
+    inputs = (args.teacher_dir, args.data_dir)
+    resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     num_classes, mean, std = len(dataset.classes), dataset.source.mean, dataset.source.std
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
-    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes).to(device) if args.teacher_dir else None
+    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision)
     if args.test_only:
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     job.close()
 
 
-def check_networks(args: argparse.Namespace) -> None:
+def resolve_networks(args: argparse.Namespace) -> None:
     """Raise a UserError for networks that cannot be built, before data is read; puts a number to --pruned_num."""
     check_teacher(args.arch, args.teacher_model)
     if args.pretrain:

@@ -134,13 +134,8 @@ def _decode(files: Sequence[str], workers: int) -> np.ndarray:
 
     print(f"decoding {len(files):,} images, once", flush=True)
     with ThreadPoolExecutor(workers) as pool:
-        progress = tqdm(pool.map(decode, range(len(files))), "decoding", len(files), unit="img", disable=None)
-        try:
-            for _ in progress:
-                pass
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for _ in tqdm(pool.map(decode, range(len(files))), "decoding", len(files), unit=" images", disable=None):
+            pass
     return images
 
 

@@ -68,7 +68,7 @@ class AugmentedBatches(Batches):
         return count - 1 if count % self.batch_size == 1 else count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         count, device = len(self.targets), self.images.device
         order = torch.randperm(count, generator=generator)[: self.num_images]
         corner = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
@@ -79,6 +79,11 @@ class AugmentedBatches(Batches):
         for chosen in order.to(device).split(self.batch_size):
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
             yield self._normalize(crops), self.targets[chosen]
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for one epoch of one run: different for every pair in practice (the factor is a prime)."""
+    return seed * 1_000_003 + epoch
 
 
 class Loaders(NamedTuple):

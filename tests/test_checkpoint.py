@@ -11,9 +11,13 @@ import model
 from utils import checkpoint
 from utils.teacher import find_file, load_teacher
 
+CPU = torch.device("cpu")
+
 
 def meta(name="resnet_20_sparse", **changes):
-    return {"model": name, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5} | changes
+    network = {"arch": "resnet", "model": name, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
+    data = {"classes": list("abcdefghij"), "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
+    return network | data | {"config": {}} | changes
 
 
 def exported(path, seed=0, **changes):
@@ -150,7 +154,10 @@ def change(path, edit):
         (lambda c: c["state_dict"]["bn1.running_var"].fill_(torch.nan), r"bn1\.running_var holds values"),
         (lambda c: c["meta"].update(pruned_num=99), "does not say how to build"),
         (lambda c: c["meta"].update(model="resnet_21_sparse"), "does not say how to build"),
-        (lambda c: c["meta"].pop("groups"), "does not say how to build"),
+        (lambda c: c["meta"].pop("groups"), "is not a network that"),
+        (lambda c: c["meta"].pop("arch"), "is not a network that"),
+        (lambda c: c.update(kind=[1]), "is not a network that"),
+        (lambda c: c.update(state_dict={"fc.bias": 3}), "holds no state dict"),
     ],
 )
 def test_weights_that_do_not_match_are_never_loaded(tmp_path, edit, message):
@@ -228,7 +235,7 @@ def test_public_checkpoints_load_as_they_are(tmp_path, layout):
     torch.manual_seed(0)
     weights = randomize(model.build("resnet_20", shortcut=shortcut)).state_dict()
     torch.save(pack(weights), tmp_path / "teacher.th")
-    teacher = load_teacher(tmp_path / "teacher.th", "resnet_20", 10)
+    teacher = load_teacher(tmp_path / "teacher.th", "resnet_20", 10, CPU)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(x), plain_resnet(weights, x))
     assert not any(module.training for module in teacher.modules())
@@ -262,7 +269,7 @@ def save_teacher(path, name="resnet_20", num_classes=10, **edits):
 def test_files_that_are_no_such_teacher_are_refused(tmp_path, write, message):
     write(tmp_path / "teacher.pt")
     with pytest.raises(ValueError, match=message) as error:
-        load_teacher(tmp_path / "teacher.pt", "resnet_20", 10)
+        load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -297,7 +304,7 @@ def test_teachers_of_other_architectures_load_under_their_own_names(tmp_path, mo
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "tiny.pt")
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(load_teacher(tmp_path, "tiny", 10)(x), network(x))
+    torch.testing.assert_close(load_teacher(tmp_path, "tiny", 10, CPU)(x), network(x))
 
 
 def test_teacher_dir_may_be_a_file_or_a_folder_that_holds_one(tmp_path):

@@ -20,6 +20,9 @@ from utils.job import Job
 from utils.losses import online_distillation
 
 CPU = torch.device("cpu")
+META = dict.fromkeys(
+    ["arch", "model", "conv", "groups", "pruned_num", "num_classes", "classes", "input_size", "mean", "std", "config"]
+)
 
 
 def arguments(*flags):
@@ -133,6 +136,32 @@ def test_default_decay_is_after_a_half_and_three_quarters(epochs, expected):
     assert arguments("--num_epochs", epochs).lr_decay_step == expected
 
 
+def test_rate_rises_linearly_over_the_warm_up():
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4, "--warmup_epochs", 1.5), CPU, "fp32")
+    rates = []
+    for trainer.epoch in (1, 2):
+        rates += [trainer.rate(step, 4) for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.4 * step / 6 for step in range(1, 7)] + [0.4, 0.4])
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4, "--warmup_epochs", 0), CPU, "fp32")
+    trainer.epoch = 1
+    assert trainer.rate(1, 4) == 0.4
+
+
+def test_every_step_takes_its_own_rate(job, monkeypatch):
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4), CPU, "fp32")
+    train, _ = loaders()
+    taken, step = [], trainer.train_step
+
+    def watched(*batch):
+        taken.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(*batch)
+
+    trainer.train_step = watched
+    trainer.epoch = 1
+    trainer.train_one_epoch(train, job)
+    assert taken == pytest.approx([0.4 * step / 6 for step in range(1, 7)])
+
+
 def test_evaluate_against_a_plain_count():
     learner = online_teacher(3)
     learner.train()(torch.randn(16, 3, 8, 8))
@@ -197,9 +226,11 @@ def test_epoch_averages_weigh_every_image_the_same(job):
 
 def test_best_epoch_is_the_one_exported(job):
     """Epochs that end worse than an earlier one leave model_best.pt alone."""
-    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 6, "--lr", 0.3), CPU, "fp32")
+    trainer = Trainer(
+        online_teacher(), None, arguments("--num_epochs", 6, "--lr", 0.3, "--warmup_epochs", 0), CPU, "fp32"
+    )
     train, val = loaders()
-    trainer.fit(train, val, job, meta={})
+    trainer.fit(train, val, job, META)
     epochs = [json.loads(line)["val"] for line in job.metrics.read_text().splitlines()]
     ranked = [(max(zip(e["accuracy"]["students"], [-x for x in e["loss"]["students"]], strict=True))) for e in epochs]
     best = ranked.index(max(ranked))
@@ -210,8 +241,77 @@ def test_best_epoch_is_the_one_exported(job):
     assert evaluate(trainer.learner, val) == epochs[best]
 
 
+class Forgetful(torch.nn.Module):
+    """A network whose training draws random numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(192, 4)
+
+    def forward(self, x):
+        return self.fc(F.dropout(x.flatten(1), training=self.training))
+
+
+def test_dropout_draws_the_same_after_a_resume(job):
+    args = arguments("--num_epochs", 3, "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9)
+    meta = META | {"config": options.configuration(args)}
+
+    def trainer():
+        torch.manual_seed(0)
+        return Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+
+    whole, (train, val) = trainer(), loaders()
+    whole.fit(train, val, job, meta)
+    first, second = trainer(), trainer()
+    first.num_epochs = 1
+    first.fit(train, val, job, meta)
+    torch.manual_seed(99)
+    second.resume(job.last, meta)
+    second.fit(train, val, job, meta)
+    assert all(torch.equal(p, q) for p, q in zip(whole.learner.parameters(), second.learner.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_epochs", 4), r"--lr_decay_step 1 2, not 2 3: resume it with --lr_decay_step 1 2"),
+        (("--scheduler", "cosine"), "--lr_decay_step 1 2, not None|--scheduler step, not cosine"),
+        (("--seed", 1), "--seed 0, not 1"),
+        (("--lr", 0.3), "--lr 0.1, not 0.3"),
+    ],
+)
+def test_resume_refuses_what_would_be_another_run(job, flags, message):
+    base = ("--num_epochs", 3, "--num_students", 1, "--lambda", 0)
+    args, changed = arguments(*base), arguments(*base, *flags)
+    first = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+    first.num_epochs = 1
+    first.fit(*loaders(), job, META | {"config": options.configuration(args)})
+    with pytest.raises(UserError, match=message):
+        Trainer(Students([Forgetful()]), None, changed, CPU, "fp32").resume(
+            job.last, META | {"config": options.configuration(changed)}
+        )
+    with pytest.raises(UserError, match="other data"):
+        Trainer(Students([Forgetful()]), None, args, CPU, "fp32").resume(
+            job.last, META | {"config": options.configuration(args), "classes": ["another"]}
+        )
+
+
+def test_length_of_a_cosine_schedule_is_fixed(job):
+    short, long = (
+        arguments("--scheduler", "cosine", "--num_epochs", n, "--num_students", 1, "--lambda", 0) for n in (1, 2)
+    )
+    first = Trainer(Students([Forgetful()]), None, short, CPU, "fp32")
+    first.fit(*loaders(), job, META | {"config": options.configuration(short)})
+    with pytest.raises(UserError, match="--num_epochs 1, not 2"):
+        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(
+            job.last, META | {"config": options.configuration(long)}
+        )
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job):
-    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4), CPU, "fp32")
+    trainer = Trainer(
+        online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4, "--warmup_epochs", 0), CPU, "fp32"
+    )
     train, val = loaders()
     step, calls = trainer.train_step, []
 
@@ -221,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
 
     trainer.train_step = poisoned
     with pytest.raises(UserError, match=r"epoch 2, step 3: .*ce_students nan.*learning rate 0\.1") as error:
-        trainer.fit(train, val, job, meta={})
+        trainer.fit(train, val, job, META)
     assert str(job.last) in str(error.value)
     kept = load_checkpoint(job.last)
     assert kept["epoch"] == 1
@@ -243,7 +343,7 @@ def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
 
     trainer.train_step = poisoned
     with pytest.raises(UserError, match="epoch 1, on the validation set"):
-        trainer.fit(train, val, job, meta={})
+        trainer.fit(train, val, job, META)
     assert not job.last.exists()
 
 
@@ -265,4 +365,4 @@ def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch)
         monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
     trainer.train_step = lambda *batch: (steps.append(1), step(*batch))[1]
     trainer.train_one_epoch(train, job)
-    assert set(waits) <= {0, 3, 6, 8}  # 0: the loader before its first batch; 8: the end of the epoch
+    assert set(waits) == {3, 6, 8}  # 8: the end of the epoch

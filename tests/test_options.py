@@ -7,9 +7,11 @@ from PIL import Image
 import finetune
 import main
 import model
+from model.conv import KINDS
 from tests.test_data import make_tree
 from utils import options
 from utils.errors import UserError
+from utils.losses import REDUCTIONS
 
 
 def rejected(capsys, script, *flags):
@@ -74,6 +76,12 @@ def test_defaults_are_the_paper_s_recipe():
     assert args.kl_reduction == "batchmean"
     assert options.parse("main", ["--teacher_dir", "x"]).miu == 1.0
     assert options.parse("finetune", [*REFINE]).lr == 1e-4
+
+
+def test_choices_are_those_of_the_code():
+    choices = {action.dest: action.choices for action in options.build_parser("main")._actions if action.choices}
+    assert tuple(choices["conv"]) == KINDS
+    assert tuple(choices["kl_reduction"]) == REDUCTIONS
 
 
 def test_student_follows_the_standard_network():
@@ -166,6 +174,16 @@ def test_bad_input_to_main_is_refused_before_anything_is_written(tmp_path, prepa
         main.main(args)
     assert len(str(error.value).splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_reset_never_deletes_what_the_run_needs(tmp_path):
+    job = tmp_path / "job"
+    job.mkdir()
+    teacher(job)
+    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--teacher_dir", job, "--job_dir", job, "--reset")
+    with pytest.raises(UserError, match="--reset would delete"):
+        main.main(options.parse("main", list(map(str, flags))))
+    assert (job / "teacher.pt").is_file()
 
 
 def test_missing_data_set_without_a_network(tmp_path, monkeypatch):

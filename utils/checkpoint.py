@@ -22,6 +22,9 @@ _KEYS = {
     CHECKPOINT: {"epoch", "model", "optimizer", "scores", "best", "meta"},
     NETWORK: {"state_dict", "meta"},
 }
+_META_KEYS = {
+    "arch", "model", "conv", "groups", "pruned_num", "num_classes", "classes", "input_size", "mean", "std", "config"
+}  # fmt: skip
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -109,8 +112,11 @@ def best_of(scores: dict[str, dict[str, Any]]) -> int:
 
 def kind_of(content: Any) -> str | None:
     """CHECKPOINT or NETWORK for complete files of this program, None for others."""
-    kind = content.get("kind") if isinstance(content, dict) else None
-    return kind if kind in _KEYS and _KEYS[kind] <= content.keys() else None
+    for kind, keys in _KEYS.items():
+        if isinstance(content, dict) and content.get("kind") == kind and keys <= content.keys():
+            meta = content["meta"]
+            return kind if isinstance(meta, dict) and meta.keys() >= _META_KEYS else None
+    return None
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
@@ -119,6 +125,8 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
     Raises:
         UserError: it does not; the first missing, unexpected and misshapen keys are named.
     """
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{source} cannot be used: it holds no state dict")
     own = network.state_dict()
     problems = []
     if missing := [key for key in own if key not in weights]:

@@ -4,6 +4,7 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,14 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Cost(NamedTuple):
-    """params: trainable numbers; macs: multiply-accumulates of convolutions and Linear layers for one image."""
+    """params: numbers in the parameters; macs: multiply-accumulates of convolutions and Linear layers for one image."""
 
     params: int
     macs: int
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
-    """Cost of `model` on one image of `input_size` (C, H, W). Computes nothing and leaves the model as it is."""
+    """Cost of `model` on one image of `input_size` (C, H, W), or (B, C, H, W) with any B.
+
+    Computes nothing and leaves the model as it is.
+    """
     shadow = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shadow(torch.empty(1, *input_size[-3:], device="meta"))
@@ -31,11 +35,12 @@ def latency(
 ) -> list[float]:
     """Milliseconds that each of `networks` takes for a batch: median of 5 to 30 passes, after a warm-up.
 
-    In float32 and eval mode. The networks take turns, so that a change in the machine's load meets all of them.
+    Moves the networks to the device, in channels_last and eval mode; in float32. They take turns, so that a change in
+    the machine's load meets all of them.
     """
     images = torch.randn(batch_size, *input_size, device=device).contiguous(memory_format=torch.channels_last)
     networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
     times = [[] for _ in networks]
     with torch.inference_mode():
         for _ in range(3):

@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; "auto" is bf16 where the device has units for it."""
+    """Return "fp32" or "bf16"; "auto" is bf16 where the device has units for it."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.loader import AugmentedBatches, Batches
+from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
 from utils import checkpoint
 from utils.device import autocast
@@ -24,7 +24,8 @@ from utils.losses import online_distillation
 Scores = dict[str, dict[str, Any]]
 """{"accuracy": ..., "loss": ...}, accuracies in %; each with "students", a list, and perhaps "online_teacher"."""
 
-# Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what.
+# Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what. (The length
+# shapes a cosine schedule, and is fixed there.)
 MAY_CHANGE = {
     "num_epochs", "job_dir", "data_dir", "teacher_dir", "refine", "pruned", "eval_batch_size", "device", "precision",
     "compile", "workers", "print_freq",
@@ -51,7 +52,7 @@ class Trainer:
         precision: str,
     ):
         self.learner = learner.to(device, memory_format=torch.channels_last)
-        self.teacher = teacher.to(device, memory_format=torch.channels_last) if teacher and args.miu else None
+        self.teacher = teacher if args.miu else None
         self.device, self.precision = device, precision
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.objective = partial(
@@ -64,14 +65,24 @@ class Trainer:
             self.learning_rate = partial(step_rate, args.lr, args.lr_decay_step)
         else:
             self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
-        if args.compile == "on":
-            learner.compile()
+        self.warmup_epochs = args.warmup_epochs
+        self.forward = torch.compile(self.learner) if args.compile == "on" else self.learner
         self.epoch, self.best = 0, None
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of `step` (from 1) of the `steps` of the current epoch; it rises linearly to warm up.
+
+        ResNets this deep do not start to learn at their full rate (He et al., arXiv 1512.03385, section 4.2), and the
+        distillation terms make the first steps steeper still: without a warm-up, ResNet-56 students diverge.
+        """
+        progress = self.epoch - 1 + step / steps
+        warm = min(1.0, progress / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return self.learning_rate(self.epoch) * warm
 
     def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One step of SGD. Returns the loss and its terms, and the correct answers of each student and the teacher."""
         with autocast(self.device, self.precision):
-            student_logits, teacher_logits = self.learner(images)
+            student_logits, teacher_logits = self.forward(images)
             pretrained_logits = None
             if self.teacher is not None:
                 with torch.no_grad():
@@ -94,12 +105,12 @@ class Trainer:
             UserError: a loss is not finite.
         """
         self.learner.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.epoch)
         rows, pending, sizes, correct = [], [], [], 0
         title = f"epoch {self.epoch}/{self.num_epochs}"
         with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
             for step, (images, targets) in enumerate(batches, start=1):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate(step, len(batches))
                 losses, hits = self.train_step(images, targets)
                 pending.append(torch.stack(list(losses.values())))
                 sizes.append(len(targets))
@@ -108,7 +119,8 @@ class Trainer:
                 if step % self.print_freq == 0 or step == len(batches):
                     for row in torch.stack(pending).tolist():  # the one place that waits for the device
                         rows.append(row)
-                        self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", job)
+                        rate = self.rate(len(rows), len(batches))
+                        self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", rate, job)
                     pending.clear()
                     bar.set_postfix(loss=f"{rows[-1][0]:.4f}")
                     if bar.disable and step < len(batches):
@@ -122,38 +134,39 @@ class Trainer:
         }
 
     def fit(
-        self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], start_counts: bool = False
+        self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], keep_initial: bool = False
     ) -> None:
         """Train from the epoch reached to the last, with a checkpoint after each.
 
         Args:
             meta: goes into every checkpoint; says how to build a student.
-            start_counts: the students as they are before training may turn out the best.
+            keep_initial: the students as they are before training may turn out the best.
 
         Raises:
             UserError: a loss is not finite. The checkpoints on the disk are those of the last good epoch.
         """
-        if start_counts and self.epoch == 0:
+        if keep_initial and self.epoch == 0:
             self._keep_best(evaluate(self.learner, val), job, meta)
         started, first = time.perf_counter(), self.epoch
         while self.epoch < self.num_epochs:
             self.epoch += 1
             train.set_epoch(self.epoch)
-            torch.manual_seed(self.seed * 1_000_003 + self.epoch)  # what a network draws, a resumed run draws again
+            torch.manual_seed(epoch_seed(self.seed, self.epoch))  # what dropout draws, a resumed run draws again
             epoch_started = time.perf_counter()
             train_scores = self.train_one_epoch(train, job)
-            rate = train.num_images / (time.perf_counter() - epoch_started)
+            images_per_second = train.num_images / (time.perf_counter() - epoch_started)
             scores = evaluate(self.learner, val)
-            self._check_finite(flatten(scores["loss"]), "on the validation set", job)
+            rate = self.rate(len(train), len(train))
+            self._check_finite(flatten(scores["loss"]), "on the validation set", rate, job)
 
             self._keep_best(scores, job, meta)
-            job.add_metrics(self.epoch, self.learning_rate(self.epoch), train_scores, scores)
+            job.add_metrics(self.epoch, rate, train_scores, scores)
             checkpoint.save(job.last, self._state(scores, meta))
             eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
             job.logger.info(
                 f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
                 f"validation {_accuracies(scores)}, best {self.best['accuracy']:.2f}; "
-                f"{rate:,.0f} images/s, {timedelta(seconds=round(eta))} left"
+                f"{images_per_second:,.0f} images/s, {timedelta(seconds=round(eta))} left"
             )
 
     def resume(self, path: Path, meta: dict[str, Any]) -> None:
@@ -164,11 +177,15 @@ class Trainer:
         """
         content = checkpoint.load_checkpoint(path)
         was, now = content["meta"]["config"], meta["config"]
-        for name in now:
-            if name not in MAY_CHANGE and was.get(name) != now[name]:
+        fixed = set(now) - MAY_CHANGE | ({"num_epochs"} if now["scheduler"] == "cosine" else set())
+        for name in sorted(fixed):
+            if was.get(name) != now[name]:
                 raise UserError(
-                    f"{path} was trained with --{name} {was.get(name)}, not {now[name]}: resume it with the same flags"
+                    f"{path} was trained with --{name} {_as_flag(was.get(name))}, not {_as_flag(now[name])}: resume it "
+                    f"with --{name} {_as_flag(was.get(name))}"
                 )
+        if any(content["meta"][key] != meta[key] for key in ("classes", "mean", "std")):
+            raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         checkpoint.load_weights(self.learner, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.best = content["epoch"], content["best"]
@@ -205,13 +222,13 @@ class Trainer:
             "meta": meta,
         }
 
-    def _check_finite(self, losses: dict[str, float], where: str, job: Job) -> None:
+    def _check_finite(self, losses: dict[str, float], where: str, rate: float, job: Job) -> None:
         if not all(map(math.isfinite, losses.values())):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
             kept = f"{job.last} is the last good checkpoint" if job.last.exists() else "no epoch was finished"
             raise UserError(
-                f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate "
-                f"{self.learning_rate(self.epoch):g}; {kept}: lower --lr, or try --precision fp32"
+                f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
+                "lower --lr, --lambda or --miu, raise --warmup_epochs, or try --precision fp32"
             )
 
 
@@ -244,6 +261,11 @@ def step_rate(base: float, decay_epochs: list[int], epoch: int) -> float:
 def cosine_rate(base: float, num_epochs: int, epoch: int) -> float:
     """Learning rate of `epoch` (from 1): half a cosine from base down to 0 (arXiv 1608.03983, without restarts)."""
     return base / 2 * (1 + math.cos(math.pi * (epoch - 1) / num_epochs))
+
+
+def _as_flag(value: Any) -> str:
+    """A value as it is typed after its flag: [150, 225] is 150 225."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:

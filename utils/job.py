@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,18 @@ class Job:
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
 
-    def check(self, resume: str | None, reset: bool) -> Path | None:
+    def checkpoint_to_resume(self, resume: str | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
         """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
 
+        Args:
+            inputs: files and folders that the run reads, which --reset must not delete.
+
         Raises:
-            UserError: the folder cannot be written, or holds a run that is neither resumed nor reset.
+            UserError: the folder cannot be written, holds a run that is neither resumed nor reset, or an input.
         """
+        for path in inputs:
+            if reset and path and path.resolve().is_relative_to(self.folder.resolve()):
+                raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
         resumed = self.last if resume == RESUME_LAST else Path(resume) if resume else None
         own = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
         held = [path for path in (self.last, self.best, self.export, self.report_json) if path.exists()]
@@ -164,7 +171,7 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
             scalars |= {f"{name}/{key}": x for key, x in flatten(value).items()}
         elif isinstance(value, list):
             scalars |= {f"{name.removesuffix('s')}_{i}": x for i, x in enumerate(value, start=1)}
-        elif value is not None:
+        else:
             scalars[name] = value
     return scalars
 

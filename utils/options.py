@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from utils.errors import UserError, exit_with
 
@@ -18,7 +19,7 @@ RESUME_LAST = "last"  # what a bare --resume stands for
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         exit_with(f"{message} (python {self.prog} --help lists the flags)")
 
 
@@ -26,11 +27,11 @@ def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and accepts(value)):
-            raise argparse.ArgumentTypeError(f"must be {what}, not '{text}'")
-        return value
+            if math.isfinite(value) and accepts(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"must be {what}, not '{text}'")
 
     return parse
 
@@ -140,6 +141,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         metavar="EPOCH",
         help="epochs after which --scheduler step divides the rate by 10 (default: a half and three quarters of them)",
     )
+    add(
+        "--warmup_epochs",
+        type=_weight,
+        default=0.0 if finetune else 1.0,
+        help="epochs in which the rate rises from 0; the released code had none (default: %(default)s)",
+    )
     add("--seed", type=_seed, default=0, help="(default: %(default)s)")
 
     group = parser.add_argument_group("job")
@@ -177,7 +184,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the training step's networks (auto: off)",
+        help="torch.compile the students and the online teacher in training (auto: off)",
     )
     add("--workers", type=_positive_int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
     add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")
@@ -249,8 +256,8 @@ def _refuse(args: argparse.Namespace, names: Sequence[str], message: str) -> Non
 
 def configuration(args: argparse.Namespace) -> dict:
     """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
-    return {
-        {"lam": "lambda"}.get(name, name): str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in RUN_CONTROL
-    }
+    values = {name: value for name, value in vars(args).items() if name not in RUN_CONTROL}
+    values["lambda"] = values.pop("lam")
+    if values["data_dir"]:
+        values["data_dir"] = values["data_dir"].resolve()  # for finetune.py, which may run in another folder
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model import build, from_public
@@ -15,7 +16,7 @@ WRAPPERS = ("state_dict", "model", "net")
 PREFIX = "module."
 
 
-def load_teacher(path: Path, name: str, num_classes: int) -> nn.Module:
+def load_teacher(path: Path, name: str, num_classes: int, device: torch.device) -> nn.Module:
     """The standard network `name` with the weights of `path`, frozen and in eval mode.
 
     Takes a network exported by `main.py --pretrain`, or a state dict as public projects save it: bare or wrapped, with
@@ -34,13 +35,13 @@ def load_teacher(path: Path, name: str, num_classes: int) -> nn.Module:
     if kind_of(content) == NETWORK:
         if content["meta"].get("model") != name:
             raise UserError(f"{file} holds a {content['meta'].get('model')}, but --teacher_model is {name}")
-        weights, options = content["state_dict"], {}
+        weights, variant = content["state_dict"], {}
     else:
-        weights, options = from_public(name, _state_dict(content, file))
-    network = build(name, num_classes, **options)
+        weights, variant = from_public(name, _state_dict(content, file))
+    network = build(name, num_classes, **variant)
     untracked = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
     load_weights(network, untracked | weights, f"{file} as {name} with {num_classes} classes")
-    return network.eval().requires_grad_(False)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def find_file(path: Path, name: str) -> Path:
