@@ -14,14 +14,15 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import data
-from data import DataSet
 from data.loader import Loaders, make_loaders
+from data.sources import DataSet
 from model import build, check_teacher
 from model.online import Students
 from utils import checkpoint, report
@@ -47,8 +48,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
-    mean, std = source["mean"], source["std"]
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
+    dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
     num_classes = len(dataset.classes)
     teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     before = copy.deepcopy(student).to(device)

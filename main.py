@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import data
-from data import DataSet
 from data.loader import Batches, Loaders, make_loaders
+from data.sources import DataSet
 from model import build, check_architecture, check_teacher
 from model.conv import count_cheap
 from model.online import OnlineTeacher, Students
@@ -43,8 +43,8 @@ def main(args: argparse.Namespace) -> None:
     inputs = (args.teacher_dir, args.data_dir)
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
-    num_classes, mean, std = len(dataset.classes), dataset.source.mean, dataset.source.std
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, mean, std)
+    num_classes = len(dataset.classes)
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
     teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision)
@@ -104,8 +104,8 @@ def describe_run(args: argparse.Namespace, dataset: DataSet) -> dict[str, Any]:
         "num_classes": len(dataset.classes),
         "classes": dataset.classes,
         "input_size": list(dataset.input_size),
-        "mean": list(dataset.source.mean),
-        "std": list(dataset.source.std),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
         "config": options.configuration(args),
     }
 

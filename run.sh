@@ -1,7 +1,7 @@
 #!/bin/sh
-# The recipes. `sh run.sh` runs the line at the end that is active; `sh run.sh NAME [flags]` runs the recipe NAME, with
-# the flags added to the training of its students. Every recipe works from a fresh clone: what is missing is installed first,
-# into .venv, unless the active environment has it already.
+# The recipes. `sh run.sh` runs the line at the end that is active; `sh run.sh NAME [flags]` runs the recipe NAME with
+# flags added to its command (to that of its students, if there are several). Every recipe works from a fresh clone:
+# what is missing is installed first, into .venv, unless the active environment has it already.
 set -eu
 cd "$(dirname "$0")"
 

@@ -1,38 +1,14 @@
 """Data sets in, batches out. Small images stay in memory, on the training device, as one uint8 tensor."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from data.folder import folder
-from data.sources import Source, Split, cifar, digits, stratified_split
+from data.sources import DataSet, cifar, digits, stratified_split
 from utils.errors import UserError
 
 DOWNLOADS = Path(__file__).with_name("downloads")
 NAMES = ("digits", "cifar10", "cifar100", "folder")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set cut into training, validation and test images; `source` has its classes and statistics.
-
-    With val_size 0, `val` is `test`.
-    """
-
-    name: str
-    source: Source
-    train: Split
-    val: Split
-    test: Split
-
-    @property
-    def classes(self) -> list[str]:
-        return self.source.classes
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        height, width, channels = self.train.images.shape[1:]
-        return channels, height, width
 
 
 def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1) -> DataSet:
@@ -51,23 +27,23 @@ def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1) ->
     if name not in NAMES:
         raise UserError(f"unknown data set '{name}': choose from {', '.join(NAMES)}")
     if name == "digits":
-        source = digits()
+        dataset = digits()
     elif name == "folder":
         if data_dir is None:
             raise UserError("--dataset folder needs --data_dir, the folder with train/<class>/* and test/<class>/*")
-        source = folder(data_dir, workers)
+        dataset = folder(data_dir, workers)
     else:
-        source = cifar(name, data_dir or DOWNLOADS)
+        dataset = cifar(name, data_dir or DOWNLOADS)
 
-    if len(source.train) < 2:
-        raise UserError(f"{name} has {len(source.train)} training image: at least 2 are needed")
+    count = len(dataset.train)
+    if count < 2:
+        raise UserError(f"{name} has {count} training image: at least 2 are needed")
     if val_size == 0:
-        return DataSet(name, source, source.train, source.test, source.test)
-    if source.val is not None:
-        return DataSet(name, source, source.train, source.val, source.test)
-    count = len(source.train)
+        return replace(dataset, val=dataset.test)
+    if dataset.val is not None:
+        return dataset
     size = max(1, round(val_size * count)) if val_size < 1 else int(val_size)
     if size >= count - 1:
         raise UserError(f"--val_size {val_size:g} leaves nothing to train on: there are {count} training images")
-    val, train = stratified_split(source.train.targets, size)
-    return DataSet(name, source, source.train[train], source.train[val], source.test)
+    val, train = stratified_split(dataset.train.targets, size)
+    return replace(dataset, train=dataset.train[train], val=dataset.train[val])

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.sources import Source, Split, channel_statistics
+from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -18,7 +18,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
 
 
-def folder(data_dir: Path, workers: int) -> Source:
+def folder(data_dir: Path, workers: int) -> DataSet:
     """The images under data_dir. With both test/ and val/, val/ is the validation set.
 
     Raises:
@@ -53,7 +53,8 @@ def folder(data_dir: Path, workers: int) -> Source:
 
     train = images[splits["train"]]
     mean, std = channel_statistics(train.images)
-    return Source(
+    return DataSet(
+        name="folder",
         classes=classes,
         train=train,
         test=images[splits["test" if "test" in splits else "val"]],

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import DataSet
-from data.sources import Split
+from data.sources import DataSet, Split
 
 
 class Batches:
@@ -93,18 +92,12 @@ class Loaders(NamedTuple):
 
 
 def make_loaders(
-    dataset: DataSet,
-    train_batch_size: int,
-    eval_batch_size: int,
-    seed: int,
-    device: torch.device,
-    mean: Sequence[float],
-    std: Sequence[float],
+    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device
 ) -> Loaders:
-    """The batches of the three splits, normalized by mean and std (of pixels in 0 .. 1)."""
-    source = dataset.source
+    """The batches of the three splits."""
+    statistics = (dataset.mean, dataset.std, device)
     train = AugmentedBatches(
-        dataset.train, train_batch_size, mean, std, device, padding=source.padding, flip=source.flip, seed=seed
+        dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed
     )
-    val, test = (Batches(split, eval_batch_size, mean, std, device) for split in (dataset.val, dataset.test))
+    val, test = (Batches(split, eval_batch_size, *statistics) for split in (dataset.val, dataset.test))
     return Loaders(train, val, test)

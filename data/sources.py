@@ -23,12 +23,17 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set as it comes. mean and std: of each channel in 0 .. 1. padding: pixels a random crop may move an image.
+class DataSet:
+    """A data set: as its source gives it, and once `data.load` has split it.
 
-    flip: whether an image and its mirror image are of the same class. val: where the data set brings its own.
+    Attributes:
+        val: validation images; None while not split, unless the data set brings its own. With val_size 0 it is `test`.
+        mean, std: of each channel, of pixels in 0 .. 1.
+        padding: pixels by which a random crop may move an image.
+        flip: an image and its mirror image are of the same class.
     """
 
+    name: str
     classes: list[str]
     train: Split
     test: Split
@@ -38,8 +43,14 @@ class Source:
     flip: bool
     val: Split | None = None
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        height, width, channels = self.train.images.shape[1:]
+        return channels, height, width
 
-def digits() -> Source:
+
+def digits() -> DataSet:
     """The 1,797 handwritten digits of data/DIGITS.md, 8 x 8; a fixed fifth of them is the test set."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         grey, targets = file["images"], file["targets"].astype(np.int64)
@@ -48,7 +59,7 @@ def digits() -> Source:
     images = Split(images, targets)
     mean, std = channel_statistics(images[train].images)
     classes = [str(digit) for digit in range(10)]
-    return Source(classes, images[train], images[test], mean, std, padding=1, flip=False)
+    return DataSet("digits", classes, images[train], images[test], mean, std, padding=1, flip=False)
 
 
 # The mean and std of the released code's recipe for CIFAR-10, and those usual for CIFAR-100 (weiaicunzai).
@@ -58,7 +69,7 @@ CIFAR_STATISTICS = {
 }
 
 
-def cifar(name: str, data_dir: Path) -> Source:
+def cifar(name: str, data_dir: Path) -> DataSet:
     """CIFAR-10 or CIFAR-100 through torchvision, downloaded into data_dir where it is not there yet."""
     from torchvision import datasets  # takes a second, which the other data sets need not pay
 
@@ -72,7 +83,7 @@ def cifar(name: str, data_dir: Path) -> Source:
         ) from error
     mean, std = CIFAR_STATISTICS[name]
     splits = (Split(split.data, np.array(split.targets)) for split in (train, test))
-    return Source(train.classes, *splits, mean=mean, std=std, padding=4, flip=True)
+    return DataSet(name, train.classes, *splits, mean=mean, std=std, padding=4, flip=True)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

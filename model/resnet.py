@@ -1,5 +1,6 @@
 """CIFAR ResNets (He et al., arXiv 1512.03385, section 4.2): a 3 x 3 stem and three stages of 16, 32 and 64 channels."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch.nn.functional as F
@@ -78,14 +79,9 @@ class ResNet(nn.Module):
         self.conv1 = standard_conv(3, WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         plan = iter(convs(2 * blocks * len(WIDTHS)))
-        in_channels = WIDTHS[0]
-        for stage, channels in enumerate(WIDTHS, start=1):
-            layer = nn.Sequential()
-            for i in range(blocks):
-                stride = 2 if stage > 1 and i == 0 else 1
-                layer.append(_block(in_channels, channels, stride, next(plan), next(plan), shortcut))
-                in_channels = channels
-            setattr(self, f"layer{stage}", layer)
+        self.layer1 = _make_layer(WIDTHS[0], WIDTHS[0], blocks, 1, plan, shortcut)
+        self.layer2 = _make_layer(WIDTHS[0], WIDTHS[1], blocks, 2, plan, shortcut)
+        self.layer3 = _make_layer(WIDTHS[1], WIDTHS[2], blocks, 2, plan, shortcut)
         self.fc = nn.Linear(self.num_features, num_classes)
         initialize(self)
 
@@ -100,6 +96,16 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _make_layer(
+    in_channels: int, channels: int, blocks: int, stride: int, plan: Iterator[Conv], shortcut: str
+) -> nn.Sequential:
+    """A stage: its first block changes the shape, the others keep it."""
+    first = _block(in_channels, channels, stride, next(plan), next(plan), shortcut)
+    return nn.Sequential(
+        first, *(_block(channels, channels, 1, next(plan), next(plan), shortcut) for _ in range(blocks - 1))
+    )
 
 
 def _block(in_channels: int, channels: int, stride: int, conv1: Conv, conv2: Conv, shortcut: str) -> nn.Module:

@@ -266,16 +266,15 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch, name, folder_na
     key = "label_names" if name == "cifar10" else "fine_label_names"
     (root / meta).write_bytes(pickle.dumps({key: list("abcdefghij")}))
 
-    dataset = data.load(name, tmp_path, 0.2)
-    source = dataset.source
+    dataset, whole = data.load(name, tmp_path, 0.2), data.load(name, tmp_path, 0)
     assert dataset.classes == list("abcdefghij")
     assert dataset.input_size == (3, 32, 32)
-    assert np.array_equal(source.train.images, np.concatenate([written[file] for file in files]))
+    assert np.array_equal(whole.train.images, np.concatenate([written[file] for file in files]))
     assert np.array_equal(dataset.test.images, written[test_file])
     assert dataset.test.targets.tolist() == [i % 10 for i in range(20)]
-    assert (source.padding, source.flip) == (4, True)
+    assert (dataset.padding, dataset.flip) == (4, True)
     if name == "cifar10":
-        assert (source.mean, source.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+        assert (dataset.mean, dataset.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 # --- batches

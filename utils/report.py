@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data import DataSet
+from data.sources import DataSet
 from utils import checkpoint
 from utils.cost import Cost, latency
 from utils.curves import draw_curves
