@@ -1,9 +1,14 @@
 """What several test files need."""
 
+import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,3 +42,38 @@ def fail(script, *flags, **options):
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def report_of(job):
+    return json.loads((job / "report.json").read_text())
+
+
+def tensorboard_scalars(folder):
+    """{tag: {step: value}} of a tensorboard folder, read from its records by hand."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+    return scalars
+
+
+def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, size=(10, 8), mode="RGB"):
+    """Write random PNG images, root/<split>/<class>/N.png; returns them as {(split, class): (count, H, W, 3)}."""
+    generator = np.random.default_rng(0)
+    images = {}
+    for split in splits:
+        for name in classes:
+            directory = root / split / name
+            directory.mkdir(parents=True)
+            pixels = generator.integers(0, 256, (count, size[1], size[0], 3), np.uint8)
+            for i, image in enumerate(pixels):
+                Image.fromarray(image).convert(mode).save(directory / f"{i}.png")
+            images[split, name] = pixels
+    return images

@@ -15,23 +15,9 @@ import data
 from data.folder import folder
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split, channel_statistics, stratified_split
+from tests.helpers import make_tree
 
 CPU = torch.device("cpu")
-
-
-def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, size=(10, 8), mode="RGB"):
-    """Write random PNG images, root/<split>/<class>/N.png; returns them as {(split, class): (count, H, W, 3)}."""
-    generator = np.random.default_rng(0)
-    images = {}
-    for split in splits:
-        for name in classes:
-            directory = root / split / name
-            directory.mkdir(parents=True)
-            pixels = generator.integers(0, 256, (count, size[1], size[0], 3), np.uint8)
-            for i, image in enumerate(pixels):
-                Image.fromarray(image).convert(mode).save(directory / f"{i}.png")
-            images[split, name] = pixels
-    return images
 
 
 def test_digits_are_all_there_and_split_without_overlap():

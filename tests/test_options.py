@@ -8,7 +8,7 @@ import finetune
 import main
 import model
 from model.conv import KINDS
-from tests.test_data import make_tree
+from tests.helpers import make_tree
 from utils import options
 from utils.errors import UserError
 from utils.losses import REDUCTIONS

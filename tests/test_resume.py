@@ -1,0 +1,143 @@
+"""What a job_dir keeps: runs that are resumed, repeated, refused, reset, or out of space."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, fail, succeed, tensorboard_scalars
+from utils.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def assert_same_run(a, b):
+    """Two jobs ended alike to the bit: weights, metrics and the exported network."""
+    weights = [torch.load(job / "checkpoint" / "last.pt", weights_only=True)["model"] for job in (a, b)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    networks = [torch.load(job / "resnet_pruned_18.pt", weights_only=True) for job in (a, b)]
+    assert all(torch.equal(value, networks[1]["state_dict"][key]) for key, value in networks[0]["state_dict"].items())
+
+
+def test_same_flags_give_the_same_bits(runs, tmp_path):
+    succeed("main.py", *runs.student_flags, "--job_dir", tmp_path / "again")
+    assert_same_run(runs.students, tmp_path / "again")
+
+
+def test_resumed_run_ends_as_one_that_was_never_interrupted(runs, tmp_path):
+    """Stop after an epoch, with half a line of the next one's metrics written, and go on."""
+    job = tmp_path / "job"
+    schedule = ("--lr_decay_step", 1, 2)  # what the default is for three epochs
+    succeed("main.py", *runs.student_flags, *schedule, "--num_epochs", 1, "--job_dir", job)
+    with open(job / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "lr": 0.0')
+    output = succeed("main.py", *runs.student_flags, "--resume", "--job_dir", job)
+    assert "resuming after epoch 1" in output
+    assert_same_run(runs.students, job)
+
+
+def test_tensorboard_of_a_resumed_run_shows_every_epoch_once(runs, tmp_path):
+    """Also those whose events a killed process had not written yet: they come from metrics.jsonl."""
+    job = tmp_path / "job"
+    schedule = ("--lr_decay_step", 1, 2)
+    succeed("main.py", *runs.student_flags, *schedule, "--num_epochs", 2, "--job_dir", job)
+    for path in (job / "run").rglob("events*"):
+        path.write_bytes(path.read_bytes()[:300])
+    succeed("main.py", *runs.student_flags, "--resume", "--job_dir", job)
+    for phase in ("train", "test"):
+        assert tensorboard_scalars(job / "run" / phase) == tensorboard_scalars(runs.students / "run" / phase)
+
+
+def test_resume_from_another_folder_brings_its_record_along(runs, tmp_path):
+    last = runs.students / "checkpoint" / "last.pt"
+    output = succeed("main.py", *runs.student_flags, "--resume", last, "--job_dir", tmp_path / "job")
+    assert "resuming after epoch 3" in output
+    assert (tmp_path / "job" / "metrics.jsonl").read_text() == (runs.students / "metrics.jsonl").read_text()
+    weights = [torch.load(job / "resnet_pruned_18.pt", weights_only=True) for job in (runs.students, tmp_path / "job")]
+    assert all(torch.equal(value, weights[1]["state_dict"][key]) for key, value in weights[0]["state_dict"].items())
+
+
+def test_resume_without_a_checkpoint_starts_anew(runs, tmp_path):
+    output = succeed("main.py", *runs.student_flags, "--num_epochs", 1, "--resume", "--job_dir", tmp_path / "new")
+    assert "no checkpoint yet: starting anew" in output
+
+
+def test_resume_refuses_a_best_epoch_that_is_of_another_run(runs, tmp_path):
+    shutil.copytree(runs.students, tmp_path / "job")
+    content = load_checkpoint(tmp_path / "job" / "checkpoint" / "model_best.pt")
+    content["epoch"] = 9
+    torch.save(content, tmp_path / "job" / "checkpoint" / "model_best.pt")
+    error = fail("main.py", *runs.student_flags, "--resume", "--job_dir", tmp_path / "job")
+    assert "is of another epoch" in error
+
+
+def test_finetune_killed_in_its_first_epoch_can_be_resumed(runs, tmp_path):
+    shutil.copytree(runs.refined, tmp_path / "job")
+    for left in ("checkpoint/last.pt", "report.json", "report.md", "resnet_pruned_18.pt"):
+        (tmp_path / "job" / left).unlink()
+    output = succeed("finetune.py", *runs.refine_flags, "--resume", "--job_dir", tmp_path / "job")
+    assert "no checkpoint yet" in output
+    assert (tmp_path / "job" / "metrics.jsonl").read_text() == (runs.refined / "metrics.jsonl").read_text()
+
+
+def test_resume_with_a_damaged_record_is_refused(runs, tmp_path):
+    shutil.copytree(runs.students, tmp_path / "job")
+    metrics = tmp_path / "job" / "metrics.jsonl"
+    metrics.write_text("garbage\n" + metrics.read_text())
+    error = fail("main.py", *runs.student_flags, "--resume", "--job_dir", tmp_path / "job")
+    assert "line 1 of" in error
+
+
+def test_resume_refuses_other_flags(runs):
+    error = fail("main.py", *runs.student_flags, "--lambda", 0.5, "--resume", "--job_dir", runs.students)
+    assert "--lambda 0.8, not 0.5" in error
+
+
+def test_finished_job_is_refused_and_left_as_it_is(runs):
+    before = {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()}
+    for script, flags, job in (
+        ("main.py", runs.student_flags, runs.students),
+        ("finetune.py", runs.refine_flags, runs.refined),
+    ):
+        error = fail(script, *flags, "--job_dir", job)
+        assert "--resume" in error
+        assert "--reset" in error
+    assert "--reset would delete" in fail("finetune.py", *runs.refine_flags, "--reset", "--job_dir", runs.students)
+    assert {p: p.read_bytes() for p in runs.folder.rglob("*") if p.is_file()} == before
+
+
+def test_reset_deletes_the_old_run_and_nothing_else(runs, tmp_path):
+    job = tmp_path / "job"
+    shutil.copytree(runs.students, job)
+    (job / "notes.txt").write_text("mine")
+    (job / "run" / "train" / "mine").write_text("mine")
+    (job / ".report.md.123.tmp").write_text("unfinished")
+    flags = ("--num_students", 1, "--lambda", 0, "--miu", 0, "--num_epochs", 1, "--pruned_num", 4)
+    succeed("main.py", *runs.student_flags, *flags, "--reset", "--job_dir", job)
+    assert not (job / ".report.md.123.tmp").exists()
+    assert [path.name for path in job.glob("*.pt")] == ["resnet_pruned_4.pt"]
+    assert "`--miu 0.0` " in (job / "report.md").read_text()  # zeros are told, too
+    assert len((job / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (job / "notes.txt").read_text() == "mine"
+    assert (job / "run" / "train" / "mine").read_text() == "mine"
+    assert len(list((job / "run" / "train").glob("events*"))) == 1
+
+
+def test_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(runs, tmp_path):
+    """A limit on the size of files stands in for the disk: too small for a checkpoint."""
+    job = tmp_path / "job"
+    shutil.copytree(runs.students, job)
+    before = (job / "checkpoint" / "last.pt").read_bytes()
+    limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); sys.argv = sys.argv[1:];"
+    limited += "sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = map(str, [*runs.student_flags, "--lr_decay_step", 1, 2, "--num_epochs", 4, "--resume", "--job_dir", job])
+    command = [sys.executable, "-c", limited, "main.py", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert (job / "checkpoint" / "last.pt").read_bytes() == before
