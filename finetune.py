@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
     job = Job(args.job_dir, options.configuration(args))
-    inputs = (args.refine, args.teacher_dir, args.data_dir)
+    inputs = (args.refine, args.teacher_dir)
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
     if dataset.classes != source["classes"]:

@@ -1,5 +1,7 @@
 """Flags and other input that cannot be right: one line, code 2, nothing written."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +13,7 @@ from model.conv import KINDS
 from tests.helpers import make_tree
 from utils import options
 from utils.errors import UserError
+from utils.job import Job
 from utils.losses import REDUCTIONS
 
 
@@ -176,14 +179,45 @@ def test_bad_input_to_main_is_refused_before_anything_is_written(tmp_path, prepa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_reset_never_deletes_what_the_run_needs(tmp_path):
+@pytest.mark.parametrize("named", ["the folder", "the file"])
+def test_reset_never_deletes_the_teacher_that_the_run_needs(runs, tmp_path, named):
+    """A pretrained teacher's own job_dir, given for the students as well."""
     job = tmp_path / "job"
-    job.mkdir()
-    teacher(job)
-    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--teacher_dir", job, "--job_dir", job, "--reset")
+    shutil.copytree(runs.teacher, job)
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    source = job if named == "the folder" else job / "resnet_20.pt"
+    flags = (
+        "--dataset",
+        "digits",
+        "--teacher_model",
+        "resnet_20",
+        "--teacher_dir",
+        source,
+        "--job_dir",
+        job,
+        "--reset",
+    )
     with pytest.raises(UserError, match="--reset would delete"):
         main.main(options.parse("main", list(map(str, flags))))
-    assert (job / "teacher.pt").is_file()
+    assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
+
+
+def test_reset_deletes_nothing_outside_the_job_dir(tmp_path):
+    """Whatever a config.json that somebody else wrote calls the exported network."""
+    (tmp_path / "precious.pt").touch()
+    job = Job(tmp_path / "job", {"pretrain": True, "teacher_model": "resnet_20"})
+    job.folder.mkdir()
+    job.config.write_text('{"pretrain": true, "teacher_model": "../precious"}')
+    job.open(None, epoch=0, reset=True)
+    job.close()
+    assert (tmp_path / "precious.pt").exists()
+
+
+def test_reset_minds_only_what_it_deletes(runs, tmp_path):
+    """A teacher in a folder of its own below the job_dir is in no danger."""
+    shutil.copytree(runs.teacher, tmp_path / "job" / "teacher")
+    job = Job(tmp_path / "job", {"pretrain": False, "arch": "resnet", "pruned_num": 18})
+    assert job.checkpoint_to_resume(None, True, [tmp_path / "job" / "teacher"]) is None
 
 
 def test_missing_data_set_without_a_network(tmp_path, monkeypatch):

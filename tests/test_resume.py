@@ -87,8 +87,10 @@ def test_resume_with_a_damaged_record_is_refused(runs, tmp_path):
     shutil.copytree(runs.students, tmp_path / "job")
     metrics = tmp_path / "job" / "metrics.jsonl"
     metrics.write_text("garbage\n" + metrics.read_text())
-    error = fail("main.py", *runs.student_flags, "--resume", "--job_dir", tmp_path / "job")
+    before = {path: path.read_bytes() for path in (tmp_path / "job").rglob("*") if path.is_file()}
+    error = fail("main.py", *runs.student_flags, "--resume", "--workers", 1, "--job_dir", tmp_path / "job")
     assert "line 1 of" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "job").rglob("*") if path.is_file()} == before
 
 
 def test_resume_refuses_other_flags(runs):

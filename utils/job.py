@@ -49,8 +49,9 @@ class Job:
         Raises:
             UserError: the folder cannot be written, holds a run that is neither resumed nor reset, or an input.
         """
-        for path in inputs:
-            if reset and path and path.resolve().is_relative_to(self.folder.resolve()):
+        doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
+        for path in filter(None, inputs):
+            if not doomed.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
                 raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
         resumed = self.last if resume == RESUME_LAST else Path(resume) if resume else None
         own = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
@@ -74,17 +75,16 @@ class Job:
         Raises:
             UserError: the folder cannot be written.
         """
+        record = read_metrics(_record_of(resumed)) if resumed else []
+        kept = [line for line in record if line["epoch"] <= epoch]
         try:
             self.last.parent.mkdir(parents=True, exist_ok=True)
             if reset:
                 self._clear()
             with atomic_write(self.config, "w") as file:
                 json.dump(self.configuration, file, indent=2)
-            kept = []
-            if resumed:
-                kept = [line for line in read_metrics(_record_of(resumed)) if line["epoch"] <= epoch]
-                if resumed.resolve().parent != self.best.resolve().parent:
-                    shutil.copyfile(resumed.with_name(self.best.name), self.best)
+            if resumed and resumed.resolve().parent != self.best.resolve().parent:
+                shutil.copyfile(resumed.with_name(self.best.name), self.best)
             with atomic_write(self.metrics, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
             self.logger = _logger(self.log_file)
@@ -95,14 +95,19 @@ class Job:
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
-    def _clear(self) -> None:
-        """Delete what a run writes, and nothing else."""
-        exported = {self.export}
+    def _files(self) -> set[Path]:
+        """What a run writes, tensorboard aside; with the network that the run here before exported."""
+        files = {self.config, self.log_file, self.metrics, self.last, self.best, self.export}
+        files |= {self.report, self.report_json, self.curves}
         if self.config.is_file():
             with suppress(ValueError, KeyError, TypeError):  # not a config.json of this program
-                exported.add(self.folder / export_name(json.loads(self.config.read_text(encoding="utf-8"))))
-        reports = (self.report, self.report_json, self.curves)
-        for path in (self.config, self.log_file, self.metrics, self.last, self.best, *exported, *reports):
+                exported = export_name(json.loads(self.config.read_text(encoding="utf-8")))
+                files.add(self.folder / Path(exported).name)
+        return files
+
+    def _clear(self) -> None:
+        """Delete what a run writes, and nothing else."""
+        for path in self._files():
             path.unlink(missing_ok=True)
             for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 unfinished.unlink()
