@@ -5,6 +5,7 @@ A cheap convolution is a k x k *spatial* stage that keeps the channels (and is c
 from a plan (`standard_convs` or `cheap_convs`).
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -109,6 +110,7 @@ class CheapConv2d(nn.Module):
             raise UserError(
                 f"groups = {groups} does not divide the {in_channels} channels of a convolution: use a divisor"
             )
+        self.kernel_size = kernel_size
         if kind == "shift":
             self.spatial = Shift2d(in_channels, kernel_size)
         else:
@@ -118,6 +120,31 @@ class CheapConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.spatial(x))
+
+    def depthwise_filters(self) -> Tensor | None:
+        """The spatial stage as 3 x 3 filters, (in, 1, 3, 3), one a channel; None if it is not made of those."""
+        if self.kernel_size != 3:
+            return None
+        if isinstance(self.spatial, Shift2d):
+            return _shift_filters(self.spatial.channels)
+        return self.spatial.weight if self.spatial.groups == self.spatial.in_channels else None
+
+    def dense_weight(self) -> Tensor:
+        """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to."""
+        spatial, groups, size = self.spatial.weight.float(), self.spatial.groups, self.kernel_size
+        out_channels, in_channels = self.pointwise.weight.shape[:2]
+        mixing = self.pointwise.weight.reshape(out_channels, groups, -1)
+        with torch.autocast(spatial.device.type, enabled=False):
+            dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, in_channels // groups, -1))
+        return dense.reshape(out_channels, in_channels, size, size)
+
+
+@functools.cache
+def _shift_filters(channels: int) -> Tensor:
+    """The 3 x 3 shift of so many channels as filters: a shift back takes a single 1 from the center to its tap."""
+    center = torch.zeros(1, channels, 3, 3)
+    center[..., 1, 1] = 1
+    return _shift(center, kernel_size=3, sign=-1).view(channels, 1, 3, 3)
 
 
 def standard_conv(

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.fused import norm_relu
 
 
 class Students(nn.Module):
@@ -41,5 +42,5 @@ class OnlineTeacher(Students):
         """(B, 3, H, W) -> (student_logits (N, B, K), teacher_logits (B, K))."""
         features = [student.forward_features(x) for student in self.students]
         student_logits = [student.forward_head(f) for student, f in zip(self.students, features, strict=True)]
-        fused = F.relu(self.norm(torch.cat(features, dim=1)))
+        fused = norm_relu(self.norm, torch.cat(features, dim=1))
         return torch.stack(student_logits), self.fc(fused.mean((2, 3)))

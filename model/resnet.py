@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
+from model.fused import conv_norm_relu
 
 SHORTCUTS = ("A", "B")
 WIDTHS = (16, 32, 64)
@@ -42,7 +43,7 @@ class StandardBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = conv_norm_relu(self.conv1, self.bn1, x)
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
@@ -58,8 +59,8 @@ class StudentBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out))) + self.shortcut(x)
+        out = conv_norm_relu(self.conv1, self.bn1, x)
+        return conv_norm_relu(self.conv2, self.bn2, out, residual=self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -87,7 +88,7 @@ class ResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 4), ceil(W / 4))."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = conv_norm_relu(self.conv1, self.bn1, x)
         return self.layer3(self.layer2(self.layer1(x)))
 
     def forward_head(self, features: Tensor) -> Tensor:

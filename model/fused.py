@@ -1,0 +1,232 @@
+"""Convolution, BatchNorm and ReLU in as few goes over memory as possible.
+
+`norm_relu` and `conv_norm_relu` say what is to be computed. PyTorch's own operators compute it, until `enable` has
+compiled the kernels of kernels/ for this machine's CPU; from then on these do, wherever they can. The results are the
+same but for rounding, and nothing else changes: modules, weights and checkpoints know nothing of it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.conv import CheapConv2d
+
+_SOURCES = Path(__file__).with_name("kernels")
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
+_LANES = 16  # channels come in multiples of it
+_library: ctypes.CDLL | None = None
+
+
+class KernelsUnavailable(Exception):
+    """The kernels cannot be compiled or loaded on this machine; the message says why."""
+
+
+def enable() -> None:
+    """Use the compiled kernels from now on. The first time on a machine this takes a few seconds.
+
+    Raises:
+        KernelsUnavailable: no compiler, or one that cannot build them.
+    """
+    global _library
+    _library = _load()
+
+
+def disable() -> None:
+    """Use PyTorch's own operators from now on."""
+    global _library
+    _library = None
+
+
+def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`relu(norm(x))`, plus `residual` if there is one. (B, C, H, W) -> (B, C, H, W)."""
+    if _applies(norm, x):
+        _count_batch(norm)
+        return _NormReLU.apply(x, norm.weight, norm.bias, norm, _like(residual, x))
+    out = F.relu(norm(x))
+    return out if residual is None else out + residual
+
+
+def conv_norm_relu(conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`relu(norm(conv(x)))`, plus `residual` if there is one. (B, C, H, W) -> (B, O, H', W')."""
+    if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d):
+        pointwise, filters = conv.pointwise, conv.depthwise_filters()
+        if filters is not None and max(pointwise.weight.shape) <= 64 and len(pointwise.weight) % _LANES == 0:
+            x = x.to(_compute_dtype(x))
+            if _applies(norm, x):
+                _count_batch(norm)
+                weights = filters, pointwise.weight, norm.weight, norm.bias
+                return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))
+        elif filters is None and pointwise.in_channels <= _dense_up_to(_compute_dtype(x)):
+            weight = conv.dense_weight()
+            x = F.conv2d(x, weight, stride=pointwise.stride, padding=weight.shape[-1] // 2)
+            return norm_relu(norm, x, residual)
+    return norm_relu(norm, conv(x), residual)
+
+
+def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether the kernels can do it; without gradients they normalize by running statistics, too."""
+    return (
+        _library is not None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.shape[1] % _LANES == 0
+        and x.numel() > x.shape[1]  # of one pixel there is no variance: PyTorch says so
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and norm.weight.dtype == torch.float32
+        and (norm.training or not torch.is_grad_enabled())
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in, on the CPU."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _dense_up_to(dtype: torch.dtype) -> int:
+    """The channels up to which a dense convolution is faster than a group convolution and its pointwise stage.
+
+    It does several times the multiplications, but in matrices that a CPU is made for, and with one feature map less
+    to write and read. Measured in experiment/PERFORMANCE.md.
+    """
+    return 32 if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False) else 16
+
+
+def _count_batch(norm: nn.BatchNorm2d) -> None:
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+
+
+def _like(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if residual is None else residual.to(x.dtype, memory_format=torch.channels_last)
+
+
+class _NormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None) -> Tensor:
+        y, coefficients = torch.empty_like(x), torch.empty(6, x.shape[1])
+        ctx.save_for_backward(x, coefficients)
+        size = x.numel() // x.shape[1], x.shape[1]
+        tensors = (*_pointers(x, residual), _Norm.of(norm), *_pointers(y, coefficients))
+        _library.norm_relu_forward(*tensors, *size, norm.training, *_run(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, coefficients = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), *torch.empty(2, x.shape[1])
+        size = x.numel() // x.shape[1], x.shape[1]
+        tensors = _pointers(grad, x, coefficients, grad_x, grad_weight, grad_bias)
+        _library.norm_relu_backward(*tensors, *size, *_run(x))
+        return grad_x, grad_weight, grad_bias, None, grad if ctx.needs_input_grad[4] else None
+
+
+class _CheapConvNormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, filters: Tensor, pointwise: Tensor, weight: Tensor, bias: Tensor, stride: int,
+        norm: nn.BatchNorm2d, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        batch, channels, height, width = x.shape
+        ctx.shape = shape = _Shape(batch, height, width, channels, len(pointwise), stride)
+        size = batch, len(pointwise), -(-height // stride), -(-width // stride)
+        z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        y, coefficients = torch.empty_like(z) if norm.training else None, torch.empty(6, len(pointwise))
+        ctx.save_for_backward(x, filters, pointwise, y, coefficients)
+        inputs, outputs = _pointers(x, filters, pointwise, residual), _pointers(y, z, coefficients)
+        _library.cheap_conv_forward(*inputs, _Norm.of(norm), *outputs, shape, norm.training, *_run(x))
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, filters, pointwise, y, coefficients = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, grad_pointwise = torch.empty_like(x), torch.zeros_like(pointwise)
+        grad_filters = torch.zeros_like(filters) if ctx.needs_input_grad[1] else None
+        grad_weight, grad_bias = torch.empty(2, len(pointwise))
+        tensors = grad, x, filters, pointwise, y, coefficients, grad_x, grad_filters, grad_pointwise
+        _library.cheap_conv_backward(*_pointers(*tensors, grad_weight, grad_bias), ctx.shape, *_run(x))
+        grad_residual = grad if ctx.needs_input_grad[7] else None
+        return grad_x, grad_filters, grad_pointwise, grad_weight, grad_bias, None, None, grad_residual
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("batch", "height", "width", "in_channels", "out_channels", "stride")]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")]
+    _fields_ += [(name, ctypes.c_double) for name in ("eps", "momentum")]
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d) -> "_Norm":
+        return cls(*_pointers(norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps, norm.momentum)
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _run(x: Tensor) -> tuple[bool, int]:
+    """The last arguments of every kernel: whether feature maps are bfloat16, and the threads to use."""
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    path = _compile()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
+    pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.norm_relu_forward.argtypes = [pointer] * 2 + [_Norm] + [pointer] * 2 + [count] + [integer] * 4
+    library.norm_relu_backward.argtypes = [pointer] * 6 + [count] + [integer] * 3
+    library.cheap_conv_forward.argtypes = [pointer] * 4 + [_Norm] + [pointer] * 3 + [_Shape] + [integer] * 3
+    library.cheap_conv_backward.argtypes = [pointer] * 11 + [_Shape] + [integer] * 2
+    return library
+
+
+def _compile() -> Path:
+    """The shared library, out of the user's cache; there is one for each source, compiler and kind of processor."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise KernelsUnavailable("there is no C++ compiler (g++)")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        processor = repr((platform.machine(), sorted(torch.cpu.get_capabilities().items()), _FLAGS)).encode()
+        sources = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+        key = hashlib.sha256(sources + version + processor).hexdigest()[:16]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "od-cheap-convolution"
+        library = cache / f"kernels-{key}.so"
+        if not library.exists():
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+                # Linked without -fopenmp, for a second OpenMP runtime would fight with PyTorch's for the cores: what
+                # is left undefined is found in the one that PyTorch has loaded.
+                for step in (
+                    [*_FLAGS, "-c", _SOURCES / "kernels.cpp", "-o", compiled],
+                    ["-shared", compiled, "-o", linked],
+                ):
+                    subprocess.run([compiler, *step], capture_output=True, check=True)
+                linked.replace(library)  # in one piece, whoever else compiles at the same time
+    except subprocess.CalledProcessError as error:
+        message = error.stderr.decode(errors="replace").strip().splitlines()
+        raise KernelsUnavailable(f"{compiler} failed: {message[0] if message else error}") from error
+    except OSError as error:
+        raise KernelsUnavailable(str(error)) from error
+    return library

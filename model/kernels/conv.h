@@ -1,0 +1,276 @@
+// A cheap convolution, depthwise 3 x 3 and 1 x 1 in one go, and what comes back through it and a norm_relu after it.
+#pragma once
+
+#include "norm.h"
+
+namespace {
+
+struct Shape {
+    int batch, height, width, in, out, stride;
+
+    int out_height() const { return (height + stride - 1) / stride; }
+    int out_width() const { return (width + stride - 1) / stride; }
+    std::int64_t out_pixels() const { return (std::int64_t)batch * out_height() * out_width(); }
+};
+
+// (rows, columns) -> (columns, rows)
+Buffer transposed(const float* matrix, int rows, int columns) {
+    Buffer result(rows * columns);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) result[c * rows + r] = matrix[r * columns + c];
+    return result;
+}
+
+// The latest three rows of an image, in float32, with a zero pixel at each end and a row of zeros for above and below.
+class Window {
+  public:
+    Window(int width, int channels) : channels_(channels), row_((width + 2) * channels), data_(4 * row_) {}
+
+    float* pixels(int y) { return &data_[y % 3 * row_ + channels_]; }
+
+    // The padded rows y - 1, y and y + 1.
+    void around(int y, int height, const float* rows[3]) const {
+        for (int i = 0; i < 3; i++) {
+            const int at = y - 1 + i;
+            rows[i] = data_.data() + (at < 0 || at >= height ? 3 : at % 3) * row_;
+        }
+    }
+
+  private:
+    int channels_, row_;
+    Buffer data_;
+};
+
+// out[i][c] = sum over t of taps[t][c] * rows[t / 3][i * stride + t % 3][c]
+void filter_row(const float* const rows[3], const float* taps, int pixels, int channels, int stride, float* out) {
+    for (int c = 0; c < channels; c += LANES) {
+        Vec tap[TAPS];
+        UNROLL for (int t = 0; t < TAPS; t++) tap[t] = load(taps + t * channels + c);
+        int i = 0;
+        for (; stride == 1 && i + AHEAD <= pixels; i += AHEAD) {
+            Vec sum[AHEAD];
+            UNROLL for (int j = 0; j < AHEAD; j++) sum[j] = Vec{};
+            UNROLL for (int y = 0; y < 3; y++) {
+                Vec pixel[AHEAD + 2];
+                UNROLL for (int j = 0; j < AHEAD + 2; j++) pixel[j] = load(rows[y] + (i + j) * channels + c);
+                UNROLL for (int j = 0; j < AHEAD; j++)
+                    UNROLL for (int x = 0; x < 3; x++) sum[j] += tap[3 * y + x] * pixel[j + x];
+            }
+            UNROLL for (int j = 0; j < AHEAD; j++) store(out + (i + j) * channels + c, sum[j]);
+        }
+        for (; i < pixels; i++) {
+            Vec sum{};
+            UNROLL for (int t = 0; t < TAPS; t++)
+                sum += tap[t] * load(rows[t / 3] + (i * stride + t % 3) * channels + c);
+            store(out + i * channels + c, sum);
+        }
+    }
+}
+
+// taps[t][c] += sum over i of grad[i * stride][c] * rows[t / 3][i * stride + t % 3][c]
+void filter_row_grad(
+    const float* const rows[3], const float* grad, int pixels, int channels, int stride, float* taps
+) {
+    for (int c = 0; c < channels; c += LANES) {
+        Vec sum[TAPS];
+        UNROLL for (int t = 0; t < TAPS; t++) sum[t] = load(taps + t * channels + c);
+        int i = 0;
+        for (; stride == 1 && i + AHEAD <= pixels; i += AHEAD) {
+            Vec g[AHEAD];
+            UNROLL for (int j = 0; j < AHEAD; j++) g[j] = load(grad + (i + j) * channels + c);
+            UNROLL for (int y = 0; y < 3; y++) {
+                Vec pixel[AHEAD + 2];
+                UNROLL for (int j = 0; j < AHEAD + 2; j++) pixel[j] = load(rows[y] + (i + j) * channels + c);
+                UNROLL for (int j = 0; j < AHEAD; j++)
+                    UNROLL for (int x = 0; x < 3; x++) sum[3 * y + x] += g[j] * pixel[j + x];
+            }
+        }
+        for (; i < pixels; i++) {
+            const int at = i * stride * channels + c;
+            const Vec g = load(grad + at);
+            UNROLL for (int t = 0; t < TAPS; t++) sum[t] += g * load(rows[t / 3] + at + t % 3 * channels);
+        }
+        UNROLL for (int t = 0; t < TAPS; t++) store(taps + t * channels + c, sum[t]);
+    }
+}
+
+// out (P, V * LANES of the columns) = a (P, depth) b (depth, columns), in registers
+template <int P, int V, class T>
+inline void multiply_block(const float* a, int depth, const float* b, int columns, T* out) {
+    Vec sum[P][V];
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int v = 0; v < V; v++) sum[p][v] = Vec{};
+    for (int k = 0; k < depth; k++) {
+        Vec right[V];
+        UNROLL for (int v = 0; v < V; v++) right[v] = load(b + k * columns + v * LANES);
+        UNROLL for (int p = 0; p < P; p++)
+            UNROLL for (int v = 0; v < V; v++) sum[p][v] += a[p * depth + k] * right[v];
+    }
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int v = 0; v < V; v++) store(out + p * columns + v * LANES, sum[p][v]);
+}
+
+// out (pixels, columns) = a (pixels, depth) b (depth, columns)
+template <class T>
+void multiply(const float* a, int pixels, int depth, const float* b, int columns, T* out) {
+    for (int o = 0; o < columns;) {
+        const bool two = o + 2 * LANES <= columns;
+        for (int p = 0; p < pixels;) {
+            const float* rows = a + p * depth;
+            T* to = out + p * columns + o;
+            if (p + PIXELS <= pixels) {
+                two ? multiply_block<PIXELS, 2>(rows, depth, b + o, columns, to)
+                    : multiply_block<PIXELS, 1>(rows, depth, b + o, columns, to);
+                p += PIXELS;
+            } else {
+                multiply_block<1, 1>(rows, depth, b + o, columns, to);
+                if (two) multiply_block<1, 1>(rows, depth, b + o + LANES, columns, to + LANES);
+                p++;
+            }
+        }
+        o += two ? 2 * LANES : LANES;
+    }
+}
+
+// out (depth, columns) += a (pixels, depth)^T b (pixels, columns)
+void multiply_grad(const float* a, int pixels, int depth, const float* b, int columns, float* out) {
+    constexpr int ROWS = 8;
+    for (int k = 0; k < depth; k += ROWS) {
+        for (int o = 0; o < columns; o += LANES) {
+            float* to = out + k * columns + o;
+            Vec sum[ROWS];
+            UNROLL for (int j = 0; j < ROWS; j++) sum[j] = load(to + j * columns);
+            for (int p = 0; p < pixels; p++) {
+                const Vec right = load(b + p * columns + o);
+                UNROLL for (int j = 0; j < ROWS; j++) sum[j] += a[p * depth + k + j] * right;
+            }
+            UNROLL for (int j = 0; j < ROWS; j++) store(to + j * columns, sum[j]);
+        }
+    }
+}
+
+// to += from, from = 0: sums of sums lose fewer digits than one long sum.
+void move_sum(float* from, float* to, int count) {
+    for (int i = 0; i < count; i += LANES) {
+        store(to + i, load(to + i) + load(from + i));
+        store(from + i, Vec{});
+    }
+}
+
+// Calls finish(thread, number of the first pixel, filtered pixels) for each row of the spatial stage's output.
+template <class T, class Finish>
+void filter_images(const T* x, const float* spatial, const Shape& s, int threads, Finish finish) {
+    const Buffer taps = transposed(spatial, s.in, TAPS);
+    const std::int64_t row = s.width * s.in;
+#pragma omp parallel num_threads(threads)
+    {
+        Window window(s.width, s.in);
+        Buffer filtered(s.out_width() * s.in);
+        const float* rows[3];
+#pragma omp for schedule(static)
+        for (int n = 0; n < s.batch; n++) {
+            const T* image = x + n * s.height * row;
+            copy(image, window.pixels(0), row);
+            for (int i = 0; i < s.height; i++) {
+                if (i + 1 < s.height) copy(image + (i + 1) * row, window.pixels(i + 1), row);
+                if (i % s.stride) continue;
+                window.around(i, s.height, rows);
+                filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data());
+                const std::int64_t out_row = (std::int64_t)n * s.out_height() + i / s.stride;
+                finish(omp_get_thread_num(), out_row * s.out_width(), filtered.data());
+            }
+        }
+    }
+}
+
+// y = pointwise(spatial(x)); returns the moments of y.
+template <class T>
+Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, const Shape& s, int threads) {
+    const Buffer mixing = transposed(pointwise, s.out, s.in);
+    std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(s.out));
+    filter_images(x, spatial, s, threads, [&](int thread, std::int64_t pixel, const float* filtered) {
+        T* row = y + pixel * s.out;
+        multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, row);
+        parts[thread].add(row, s.out_width());
+    });
+    return total(parts);
+}
+
+// z = relu(norm(pointwise(spatial(x)))) + residual, which may be null, with statistics that are known beforehand.
+template <class T>
+void conv_norm_relu(
+    const T* x, const float* spatial, const float* pointwise, const T* residual, const Coefficients& by, T* z,
+    const Shape& s, int threads
+) {
+    const Buffer mixing = transposed(pointwise, s.out, s.in);
+    std::vector<Buffer> rows(threads, Buffer(s.out_width() * s.out));
+    filter_images(x, spatial, s, threads, [&](int thread, std::int64_t pixel, const float* filtered) {
+        const std::int64_t at = pixel * s.out;
+        float* y = rows[thread].data();
+        multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, y);
+        norm_relu_row(y, residual ? residual + at : nullptr, by, z + at, s.out_width(), s.out);
+    });
+}
+
+// From the gradient of relu(norm(y)). The output of the spatial stage is computed again: cheaper than to have kept it.
+// grad_spatial may be null.
+template <class T>
+void conv_grad(
+    const T* grad, const T* y, const Coefficients& by, const T* x, const float* spatial, const float* pointwise,
+    T* grad_x, float* grad_spatial, float* grad_pointwise, const Shape& s, int threads
+) {
+    const Buffer taps = transposed(spatial, s.in, TAPS);
+    Buffer flipped(TAPS * s.in);  // what leads back through a filter is the filter turned by 180 degrees
+    for (int t = 0; t < TAPS; t++) copy(&taps[t * s.in], &flipped[(TAPS - 1 - t) * s.in], s.in);
+    const std::int64_t row = s.width * s.in, out_row = s.out_width() * s.out;
+    std::vector<Buffer> tap_sums(threads), mixing_sums(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Window window(s.width, s.in), grads(s.width, s.in);  // of x, and of the spatial stage's gradient
+        Buffer filtered(s.out_width() * s.in), grad_filtered(filtered), grad_y(out_row), grad_row(row);
+        Buffer tap_sum(TAPS * s.in), mixing_sum(s.in * s.out);  // of an image
+        Buffer all_taps(TAPS * s.in), all_mixing(s.in * s.out);
+        const float* rows[3];
+#pragma omp for schedule(static)
+        for (int n = 0; n < s.batch; n++) {
+            const T* image = x + n * s.height * row;
+            T* grad_image = grad_x + n * s.height * row;
+            std::int64_t at = n * s.out_height() * out_row;
+            copy(image, window.pixels(0), row);
+            for (int i = 0; i <= s.height; i++) {
+                if (i + 1 < s.height) copy(image + (i + 1) * row, window.pixels(i + 1), row);
+                if (i < s.height && s.stride > 1) std::fill_n(grads.pixels(i), row, 0.0f);
+                if (i < s.height && i % s.stride == 0) {
+                    norm_relu_grad_row(grad + at, y + at, by, grad_y.data(), s.out_width(), s.out);
+                    at += out_row;
+                    window.around(i, s.height, rows);
+                    filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data());
+                    multiply_grad(filtered.data(), s.out_width(), s.in, grad_y.data(), s.out, mixing_sum.data());
+                    multiply(grad_y.data(), s.out_width(), s.out, pointwise, s.in, grad_filtered.data());
+                    for (int j = 0; j < s.out_width(); j++)
+                        copy(&grad_filtered[j * s.in], grads.pixels(i) + j * s.stride * s.in, s.in);
+                    if (grad_spatial)
+                        filter_row_grad(rows, grads.pixels(i), s.out_width(), s.in, s.stride, tap_sum.data());
+                }
+                if (i > 0) {  // now the gradients of the three rows around i - 1 are there
+                    grads.around(i - 1, s.height, rows);
+                    filter_row(rows, flipped.data(), s.width, s.in, 1, grad_row.data());
+                    copy(grad_row.data(), grad_image + (i - 1) * row, row);
+                }
+            }
+            move_sum(tap_sum.data(), all_taps.data(), TAPS * s.in);
+            move_sum(mixing_sum.data(), all_mixing.data(), s.in * s.out);
+        }
+        tap_sums[omp_get_thread_num()] = all_taps;
+        mixing_sums[omp_get_thread_num()] = all_mixing;
+    }
+    for (int thread = 0; thread < threads; thread++) {
+        for (int c = 0; c < s.in && !mixing_sums[thread].empty(); c++) {
+            for (int o = 0; o < s.out; o++) grad_pointwise[o * s.in + c] += mixing_sums[thread][c * s.out + o];
+            for (int t = 0; t < TAPS && grad_spatial; t++)
+                grad_spatial[c * TAPS + t] += tap_sums[thread][t * s.in + c];
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+// The fused kernels of a CPU, forward and backward: BatchNorm with ReLU, alone or after a cheap convolution.
+//
+// A CPU spends the training step waiting for memory. PyTorch's operators write every intermediate feature map out and
+// read it back; these loops keep what they can in the cache: the output of the spatial stage, the normalized map before
+// the ReLU, the gradients of both. Feature maps are channels_last, float32 or bfloat16, with a multiple of 16 channels;
+// everything else, sums included, is float32 or double. Work is split among threads by image, and the partial sums are
+// added in the order of the threads, so that a result depends on their number alone.
+//
+// model/fused.py compiles this file and calls the four functions below.
+#include "conv.h"
+
+// Feature maps are float32 or, if half, bfloat16. `residual` may be null. `coefficients` are kept from a forward to its
+// backward pass; without `training`, running statistics are used, nothing is kept, and there is no backward pass.
+extern "C" {
+
+// y = relu(norm(x)) + residual
+void norm_relu_forward(
+    const void* x, const void* residual, Norm norm, void* y, float* coefficients, std::int64_t pixels, int channels,
+    int training, int half, int threads
+) {
+    const Coefficients by(coefficients, channels);
+    auto run = [&](const auto* x, const auto* residual, auto* y) {
+        training ? norm.train(moments(x, pixels, channels, threads), by) : norm.infer(channels, by);
+        norm_relu(x, residual, by, y, pixels, channels, threads);
+    };
+    half ? run((const bf16*)x, (const bf16*)residual, (bf16*)y)
+         : run((const float*)x, (const float*)residual, (float*)y);
+}
+
+void norm_relu_backward(
+    const void* grad, const void* x, float* coefficients, void* grad_x, float* grad_weight, float* grad_bias,
+    std::int64_t pixels, int channels, int half, int threads
+) {
+    const Coefficients by(coefficients, channels);
+    auto run = [&](const auto* grad, const auto* x, auto* grad_x) {
+        norm_relu_sums(grad, x, by, grad_weight, grad_bias, pixels, channels, threads);
+        norm_relu_grad(grad, x, by, grad_x, pixels, channels, threads);
+    };
+    half ? run((const bf16*)grad, (const bf16*)x, (bf16*)grad_x)
+         : run((const float*)grad, (const float*)x, (float*)grad_x);
+}
+
+// y = pointwise(spatial(x)), which is for the backward pass; z = relu(norm(y)) + residual
+void cheap_conv_forward(
+    const void* x, const float* spatial, const float* pointwise, const void* residual, Norm norm, void* y, void* z,
+    float* coefficients, Shape shape, int training, int half, int threads
+) {
+    const Coefficients by(coefficients, shape.out);
+    auto run = [&](const auto* x, const auto* residual, auto* y, auto* z) {
+        if (training) {
+            norm.train(conv(x, spatial, pointwise, y, shape, threads), by);
+            norm_relu(y, residual, by, z, shape.out_pixels(), shape.out, threads);
+        } else {
+            norm.infer(shape.out, by);
+            conv_norm_relu(x, spatial, pointwise, residual, by, z, shape, threads);
+        }
+    };
+    half ? run((const bf16*)x, (const bf16*)residual, (bf16*)y, (bf16*)z)
+         : run((const float*)x, (const float*)residual, (float*)y, (float*)z);
+}
+
+// Adds to grad_spatial, which may be null, and to grad_pointwise.
+void cheap_conv_backward(
+    const void* grad, const void* x, const float* spatial, const float* pointwise, const void* y, float* coefficients,
+    void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight, float* grad_bias, Shape shape,
+    int half, int threads
+) {
+    const Coefficients by(coefficients, shape.out);
+    auto run = [&](const auto* grad, const auto* x, const auto* y, auto* grad_x) {
+        norm_relu_sums(grad, y, by, grad_weight, grad_bias, shape.out_pixels(), shape.out, threads);
+        conv_grad(grad, y, by, x, spatial, pointwise, grad_x, grad_spatial, grad_pointwise, shape, threads);
+    };
+    half ? run((const bf16*)grad, (const bf16*)x, (const bf16*)y, (bf16*)grad_x)
+         : run((const float*)grad, (const float*)x, (const float*)y, (float*)grad_x);
+}
+}

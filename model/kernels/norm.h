@@ -1,0 +1,237 @@
+// relu(norm(x)) + residual and its gradients, with the statistics of BatchNorm.
+#pragma once
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "vector.h"
+
+namespace {
+
+// Mean and sum of squared deviations of each channel, merged from parts (Chan, Golub and LeVeque, 1979).
+struct Moments {
+    double count = 0;
+    std::vector<double> mean, deviations;
+
+    explicit Moments(int channels) : mean(channels), deviations(channels) {}
+
+    void add(const Moments& other) {
+        if (other.count == 0) return;
+        const double share = other.count / (count + other.count);
+        for (std::size_t c = 0; c < mean.size(); c++) {
+            const double distance = other.mean[c] - mean[c];
+            mean[c] += distance * share;
+            deviations[c] += other.deviations[c] + distance * distance * count * share;
+        }
+        count += other.count;
+    }
+};
+
+// Gathers the moments of pixels that come in runs; a block of them is summed in float32, then goes on in double.
+class MomentsOfPixels {
+  public:
+    explicit MomentsOfPixels(int channels)
+        : channels_(channels), total_(channels), block_(channels), pivot_(channels), sum_(channels),
+          squares_(channels) {}
+
+    template <class T>
+    void add(const T* pixels, int count) {
+        constexpr int CHAINS = 4;  // independent sums hide the latency of an addition
+        if (block_.count == 0) copy(pixels, pivot_.data(), channels_);  // distances to a pixel lose no digits
+        for (int c = 0; c < channels_; c += LANES) {
+            const Vec pivot = load(&pivot_[c]);
+            Vec sum[CHAINS] = {load(&sum_[c])}, squares[CHAINS] = {load(&squares_[c])};
+            int i = 0;
+            for (; i + CHAINS <= count; i += CHAINS) {
+                UNROLL for (int j = 0; j < CHAINS; j++) {
+                    const Vec distance = load(pixels + (i + j) * channels_ + c) - pivot;
+                    sum[j] += distance;
+                    squares[j] += distance * distance;
+                }
+            }
+            for (; i < count; i++) {
+                const Vec distance = load(pixels + i * channels_ + c) - pivot;
+                sum[0] += distance;
+                squares[0] += distance * distance;
+            }
+            store(&sum_[c], (sum[0] + sum[1]) + (sum[2] + sum[3]));
+            store(&squares_[c], (squares[0] + squares[1]) + (squares[2] + squares[3]));
+        }
+        block_.count += count;
+        if (block_.count >= BLOCK) flush();
+    }
+
+    Moments total() {
+        flush();
+        return total_;
+    }
+
+  private:
+    void flush() {
+        if (block_.count == 0) return;
+        for (int c = 0; c < channels_; c++) {
+            const double mean = sum_[c] / block_.count;
+            block_.mean[c] = pivot_[c] + mean;
+            block_.deviations[c] = squares_[c] - sum_[c] * mean;
+        }
+        total_.add(block_);
+        block_.count = 0;
+        std::fill_n(sum_.data(), channels_, 0.0f);
+        std::fill_n(squares_.data(), channels_, 0.0f);
+    }
+
+    int channels_;
+    Moments total_, block_;
+    Buffer pivot_, sum_, squares_;
+};
+
+Moments total(std::vector<MomentsOfPixels>& parts) {
+    Moments sum = parts[0].total();
+    for (std::size_t i = 1; i < parts.size(); i++) sum.add(parts[i].total());
+    return sum;
+}
+
+// Per channel, what the passes over a feature map x share; (6, channels) in memory.
+//   forward:  relu(scale * x + shift)
+//   backward: grad_x = scale * grad + slope * x + offset, where scale * x + shift > 0 lets grad through
+struct Coefficients {
+    float *mean, *inverse_std, *scale, *shift, *slope, *offset;
+
+    Coefficients(float* data, int channels)
+        : mean(data), inverse_std(data + channels), scale(data + 2 * channels), shift(data + 3 * channels),
+          slope(data + 4 * channels), offset(data + 5 * channels) {}
+};
+
+struct Norm {
+    const float *weight, *bias;
+    float *running_mean, *running_var;
+    double eps, momentum;
+
+    // The coefficients of the forward pass, by the statistics of a batch, which the running ones take note of.
+    void train(const Moments& batch, const Coefficients& to) const {
+        for (std::size_t c = 0; c < batch.mean.size(); c++) {
+            set(c, batch.mean[c], batch.deviations[c] / batch.count, to);
+            running_mean[c] += momentum * (batch.mean[c] - running_mean[c]);
+            running_var[c] += momentum * (batch.deviations[c] / (batch.count - 1) - running_var[c]);
+        }
+    }
+
+    // The same by the running statistics.
+    void infer(int channels, const Coefficients& to) const {
+        for (int c = 0; c < channels; c++) set(c, running_mean[c], running_var[c], to);
+    }
+
+  private:
+    void set(int c, double mean, double var, const Coefficients& to) const {
+        to.mean[c] = mean;
+        to.inverse_std[c] = 1 / std::sqrt(var + eps);
+        to.scale[c] = weight[c] * to.inverse_std[c];
+        to.shift[c] = bias[c] - mean * to.scale[c];
+    }
+};
+
+template <class T>
+Moments moments(const T* x, std::int64_t pixels, int channels, int threads) {
+    std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(channels));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t first = 0; first < pixels; first += BLOCK)
+        parts[omp_get_thread_num()].add(x + first * channels, std::min<std::int64_t>(BLOCK, pixels - first));
+    return total(parts);
+}
+
+// y = relu(norm(x)) + residual, which may be null
+template <class From, class T>
+void norm_relu_row(const From* x, const T* residual, const Coefficients& by, T* y, int pixels, int channels) {
+    for (int i = 0; i < pixels; i++) {
+        for (int c = 0; c < channels; c += LANES) {
+            const int at = i * channels + c;
+            Vec v = load(by.scale + c) * load(x + at) + load(by.shift + c);
+            v = v <= 0 ? Vec{} : v;  // NaN stays NaN
+            if (residual) v += load(residual + at);
+            store(y + at, v);
+        }
+    }
+}
+
+template <class T>
+void norm_relu(
+    const T* x, const T* residual, const Coefficients& by, T* y, std::int64_t pixels, int channels, int threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t first = 0; first < pixels; first += BLOCK) {
+        const std::int64_t at = first * channels;
+        const int count = std::min<std::int64_t>(BLOCK, pixels - first);
+        norm_relu_row(x + at, residual ? residual + at : nullptr, by, y + at, count, channels);
+    }
+}
+
+inline Vec through_relu(Vec grad, Vec x, const Coefficients& by, int c) {
+    return load(by.scale + c) * x + load(by.shift + c) > 0 ? grad : Vec{};
+}
+
+// The gradients of weight and bias, and the coefficients of the gradient of x.
+template <class T>
+void norm_relu_sums(
+    const T* grad, const T* x, const Coefficients& by, float* grad_weight, float* grad_bias, std::int64_t pixels,
+    int channels, int threads
+) {
+    using Sums = std::vector<double>;  // of the gradient, then of its product with x - mean
+    std::vector<Sums> sums(threads, Sums(2 * channels));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t first = 0; first < pixels; first += BLOCK) {
+        Sums& mine = sums[omp_get_thread_num()];
+        const int count = std::min<std::int64_t>(BLOCK, pixels - first);
+        for (int c = 0; c < channels; c += LANES) {
+            const std::int64_t at = first * channels + c;
+            const Vec mean = load(by.mean + c);
+            Vec sum[2] = {}, products[2] = {};
+            for (int i = 0; i < count; i++) {
+                const Vec pixel = load(x + at + i * channels);
+                const Vec g = through_relu(load(grad + at + i * channels), pixel, by, c);
+                sum[i % 2] += g;
+                products[i % 2] += g * (pixel - mean);
+            }
+            for (int l = 0; l < LANES; l++) {
+                mine[c + l] += sum[0][l] + sum[1][l];
+                mine[channels + c + l] += products[0][l] + products[1][l];
+            }
+        }
+    }
+    for (int c = 0; c < channels; c++) {
+        double sum = 0, products = 0;
+        for (const Sums& part : sums) {
+            sum += part[c];
+            products += part[channels + c];
+        }
+        const double inverse_std = by.inverse_std[c];
+        grad_bias[c] = sum;
+        grad_weight[c] = products * inverse_std;
+        by.slope[c] = -by.scale[c] * inverse_std * inverse_std * products / pixels;
+        by.offset[c] = -by.scale[c] * sum / pixels - by.slope[c] * by.mean[c];
+    }
+}
+
+template <class T, class To>
+void norm_relu_grad_row(const T* grad, const T* x, const Coefficients& by, To* grad_x, int pixels, int channels) {
+    for (int i = 0; i < pixels; i++) {
+        for (int c = 0; c < channels; c += LANES) {
+            const int at = i * channels + c;
+            const Vec pixel = load(x + at), g = through_relu(load(grad + at), pixel, by, c);
+            store(grad_x + at, load(by.scale + c) * g + load(by.slope + c) * pixel + load(by.offset + c));
+        }
+    }
+}
+
+template <class T>
+void norm_relu_grad(
+    const T* grad, const T* x, const Coefficients& by, T* grad_x, std::int64_t pixels, int channels, int threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t first = 0; first < pixels; first += BLOCK) {
+        const std::int64_t at = first * channels;
+        norm_relu_grad_row(grad + at, x + at, by, grad_x + at, std::min<std::int64_t>(BLOCK, pixels - first), channels);
+    }
+}
+
+}  // namespace

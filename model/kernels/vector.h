@@ -1,0 +1,68 @@
+// Registers of floats, loaded from and stored to float32 and bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, PIXELS = 8;  // floats in a register; pixels of a block of a matrix product
+#else
+constexpr int LANES = 8, PIXELS = 4;
+#endif
+constexpr int AHEAD = 4;    // pixels of a row at a time, whose filters share what they load
+constexpr int TAPS = 9;     // of a 3 x 3 filter
+constexpr int BLOCK = 1024; // pixels that are summed in float32 before the sum goes on in double
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+using bf16 = std::uint16_t;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef bf16 Halves __attribute__((vector_size(2 * LANES)));
+
+inline Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline Vec load(const bf16* from) {
+    Halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (Vec)(__builtin_convertvector(h, Words) << 16);
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline void store(bf16* to, Vec v) {  // to the nearest, ties to even; NaN stays NaN
+    const Words w = (Words)v, quiet_nan = Words{} + 0x7fc0;
+    const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    const Halves h = __builtin_convertvector(v == v ? rounded : quiet_nan, Halves);
+    std::memcpy(to, &h, sizeof h);
+}
+
+template <class From, class To>
+void copy(const From* from, To* to, int count) {
+    for (int i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
+// Zeroed floats, aligned to the registers: a load across two cache lines takes twice as long.
+class Buffer {
+  public:
+    explicit Buffer(int size = 0) : vectors_((size + LANES - 1) / LANES) {}
+
+    float* data() { return (float*)vectors_.data(); }
+    const float* data() const { return (const float*)vectors_.data(); }
+    float& operator[](int i) { return data()[i]; }
+    const float& operator[](int i) const { return data()[i]; }
+    bool empty() const { return vectors_.empty(); }
+
+  private:
+    std::vector<Vec> vectors_;
+};
+
+}  // namespace

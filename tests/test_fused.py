@@ -1,0 +1,222 @@
+"""The compiled kernels compute what PyTorch's operators compute."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+from model import fused
+from model.conv import KINDS, CheapConv2d, standard_conv
+from model.online import OnlineTeacher
+from utils.losses import online_distillation
+
+# Without a compiler there is nothing to test; whoever runs the tests must have one.
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture
+def kernels():
+    fused.enable()
+    yield
+    fused.disable()
+
+
+def channels_last(*size, seed=0, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=generator) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def random_norm(channels, seed=0):
+    norm = nn.BatchNorm2d(channels)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
+        tensor.copy_(torch.randn(channels, generator=generator))
+    norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+    return norm
+
+
+def check_unit(conv, norm, x, residual, dtype=torch.float32, tolerance=1e-5):
+    """Outputs, running statistics and all gradients of relu(norm(conv(x))) + residual, against float64."""
+    modules = copy.deepcopy(nn.ModuleList([conv, norm])).train()
+    reference = copy.deepcopy(modules).double()
+    inputs = [x, residual] if residual is not None else [x]
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    plain = [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+    out = fused.conv_norm_relu(*modules, *inputs)
+    assert out.dtype == dtype
+    assert "NormReLU" in type(out.grad_fn).__name__, "the kernels did not compute it"
+    expected = F.relu(reference[1](reference[0](plain[0])))
+    expected = expected + plain[1] if residual is not None else expected
+    grad = channels_last(*out.shape, seed=9)
+    out.backward(grad.to(dtype))
+    expected.backward(grad.double())
+
+    pairs = {"output": (out, expected)}
+    pairs |= {f"gradient of input {i}": (a.grad, b.grad) for i, (a, b) in enumerate(zip(inputs, plain, strict=True))}
+    named = zip(modules.named_parameters(), reference.parameters(), strict=True)
+    pairs |= {f"gradient of {name}": (a.grad, b.grad) for (name, a), b in named}
+    pairs |= {name: (a, b) for (name, a), b in zip(modules.named_buffers(), reference.buffers(), strict=True)}
+    for name, (value, wanted) in pairs.items():
+        assert distance(value, wanted) < tolerance, f"{name}: {distance(value, wanted):.2g}"
+
+
+def distance(value, wanted):
+    """Relative, over the whole tensor: a single value near a ReLU's kink may fall on its other side by rounding."""
+    return ((value.double() - wanted).norm() / wanted.double().norm().clamp_min(1e-9)).item()
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "shift"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "stride", "height", "width", "batch"),
+    [(16, 16, 1, 7, 5, 3), (16, 32, 2, 8, 8, 2), (32, 48, 2, 7, 9, 3), (64, 64, 1, 1, 3, 5), (48, 16, 3, 10, 7, 2)],
+)
+def test_a_cheap_convolution_with_norm_and_relu(
+    kind, with_residual, in_channels, out_channels, stride, height, width, batch
+):
+    torch.manual_seed(0)
+    conv = CheapConv2d(in_channels, out_channels, 3, stride, kind)
+    x = channels_last(batch, in_channels, height, width, seed=1)
+    size = (batch, out_channels, -(-height // stride), -(-width // stride))
+    check_unit(conv, random_norm(out_channels), x, channels_last(*size, seed=2) if with_residual else None)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("conv", [nn.Identity(), standard_conv(32, 32), CheapConv2d(32, 32, kind="group")])
+def test_norm_and_relu_after_another_convolution(conv, with_residual):
+    x, residual = channels_last(3, 32, 9, 7, seed=1), channels_last(3, 32, 9, 7, seed=2)
+    check_unit(conv, random_norm(32), x, residual if with_residual else None)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_group_convolution_computed_as_a_dense_one(stride):
+    torch.manual_seed(0)
+    conv = CheapConv2d(16, 32, 3, stride, "group", groups=4)
+    x = channels_last(2, 16, 7, 8)
+    assert torch.allclose(F.conv2d(x, conv.dense_weight(), stride=stride, padding=1), conv(x), rtol=1e-5, atol=1e-5)
+    check_unit(conv, random_norm(32), x, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_exact_as_its_digits(kind):
+    torch.manual_seed(0)
+    x, residual = channels_last(4, 16, 8, 8), channels_last(4, 16, 8, 8, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_unit(CheapConv2d(16, 16, kind=kind), random_norm(16), x, residual, torch.bfloat16, tolerance=0.02)
+
+
+def test_statistics_of_a_batch_far_from_zero_keep_their_digits():
+    """Sums of squares in float32 would lose all of them: here the mean is 1,000 standard deviations from zero."""
+    x, norm = channels_last(64, 16, 32, 32, mean=1000.0), nn.BatchNorm2d(16, momentum=1.0)
+    fused.norm_relu(norm, x)
+    assert distance(norm.running_mean, x.double().mean((0, 2, 3))) < 1e-7
+    assert distance(norm.running_var, x.double().var((0, 2, 3))) < 1e-6
+
+
+def test_a_block_of_pixels_ends_in_the_middle_of_an_image():
+    """More pixels than are summed in float32 at a time, and not a multiple of their number."""
+    torch.manual_seed(0)
+    check_unit(CheapConv2d(16, 16), random_norm(16), channels_last(3, 16, 37, 41), None)
+
+
+def test_evaluation_normalizes_by_the_running_statistics():
+    torch.manual_seed(0)
+    conv, norm = CheapConv2d(16, 32, stride=2).eval(), random_norm(32).eval()
+    x, residual = channels_last(3, 16, 9, 8), channels_last(3, 32, 5, 4, seed=1)
+    before = copy.deepcopy(norm.state_dict())
+    with torch.no_grad():
+        expected = F.relu(norm(conv(x))) + residual
+        for out in (fused.conv_norm_relu(conv, norm, x, residual), fused.norm_relu(norm, conv(x), residual)):
+            assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 16, 4, 4),
+        channels_last(2, 16, 4, 4).double(),
+        channels_last(2, 12, 4, 4),
+        channels_last(2, 16, 4, 4).to("meta"),
+    ],
+    ids=["NCHW", "float64", "12 channels", "another device"],
+)
+def test_what_the_kernels_cannot_take_goes_through_pytorch(x):
+    channels = x.shape[1]
+    conv, norm = (m.to(x.device, x.dtype) for m in (CheapConv2d(channels, channels), nn.BatchNorm2d(channels)))
+    out = fused.conv_norm_relu(conv, norm, x)
+    assert type(out.grad_fn).__name__ == "ReluBackward0"
+
+
+def test_a_single_pixel_cannot_be_normalized():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fused.norm_relu(nn.BatchNorm2d(16), channels_last(1, 16, 1, 1))
+
+
+def test_not_a_number_comes_through():
+    """A run that has diverged must be seen to."""
+    x = channels_last(2, 16, 4, 4)
+    x[0, 3, 1, 1] = torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        assert fused.conv_norm_relu(CheapConv2d(16, 16), nn.BatchNorm2d(16), x.to(dtype)).isnan().any()
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_losses_and_gradients_of_a_whole_learner(conv):
+    """A step of two students with their online teacher is as close to float64 as PyTorch's own float32 is."""
+    torch.manual_seed(0)
+    learner = OnlineTeacher([model.build("resnet_20_sparse", 4, conv=conv) for _ in range(2)], 4)
+    learner = learner.to(memory_format=torch.channels_last)
+    for module in learner.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 3.0)  # few values near a kink, which rounding decides
+    x, targets = channels_last(8, 3, 16, 16), torch.arange(8) % 4
+
+    def step(dtype):
+        network = copy.deepcopy(learner).to(dtype)
+        losses = online_distillation(*network(x.to(dtype)), targets, lam=0.5)
+        losses["loss"].backward()
+        gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters()}
+        return losses | gradients | dict(network.named_buffers())
+
+    fast = step(torch.float32)
+    fused.disable()
+    plain, exact = step(torch.float32), step(torch.float64)
+    for name, wanted in exact.items():
+        assert distance(fast[name], wanted) < max(1e-5, 10 * distance(plain[name], wanted)), name
+    gradients = [torch.cat([v.flatten() for k, v in s.items() if "gradient" in k]) for s in (fast, exact)]
+    assert distance(*gradients) < 1e-5
+
+
+def test_every_number_of_threads_gives_the_same_within_rounding_and_one_number_the_same_bits():
+    torch.manual_seed(0)
+    conv, norm = CheapConv2d(16, 16), random_norm(16)
+    x = channels_last(7, 16, 12, 12).requires_grad_()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            fused.conv_norm_relu(conv, norm, x).square().sum().backward()
+            results.append(torch.cat([t.grad.flatten() for t in (x, conv.spatial.weight, conv.pointwise.weight)]))
+            x.grad = conv.spatial.weight.grad = conv.pointwise.weight.grad = None
+    finally:
+        torch.set_num_threads(threads)
+    assert all(distance(result, results[0]) < 1e-5 for result in results)
+    assert torch.equal(results[2], results[3])
+
+
+def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fused._load.cache_clear()
+    try:
+        for compiler, message in (("false", "false failed"), (str(tmp_path / "none"), "No such file")):
+            monkeypatch.setenv("CXX", compiler)
+            with pytest.raises(fused.KernelsUnavailable, match=message):
+                fused.enable()
+    finally:
+        fused._load.cache_clear()
