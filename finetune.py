@@ -27,7 +27,7 @@ from model import build, check_teacher
 from model.online import Students
 from utils import checkpoint, report
 from utils.cost import Cost, count
-from utils.device import describe, pick_device, pick_precision
+from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, top1
 from utils.errors import UserError, run_script
 from utils.job import Job
@@ -39,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
+    execution = pick_execution(args.compile, device)
     student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine)
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     num_classes = len(dataset.classes)
     teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     before = copy.deepcopy(student).to(device)
-    trainer = Trainer(Students([student]), teacher, args, device, precision)
+    trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
         print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
         return
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
         trainer.resume(resumed, meta)
 
     job.open(resumed, trainer.epoch, args.reset)
-    job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}")
+    job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
     trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)

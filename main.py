@@ -26,7 +26,7 @@ from model.conv import count_cheap
 from model.online import OnlineTeacher, Students
 from utils import checkpoint, report
 from utils.cost import count
-from utils.device import describe, pick_device, pick_precision
+from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, evaluate, top1
 from utils.errors import UserError, run_script
 from utils.job import Job
@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
+    execution = pick_execution(args.compile, device)
     resolve_networks(args)
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
     teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     torch.manual_seed(args.seed)
-    trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision)
+    trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision, execution)
     if args.test_only:
         print_test(args, job, trainer.learner, teacher, loaders.test)
         return
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         trainer.resume(resumed, meta)
 
     job.open(resumed, trainer.epoch, args.reset)
-    job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}")
+    job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
     if teacher:

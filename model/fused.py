@@ -227,6 +227,6 @@ def _compile() -> Path:
     except subprocess.CalledProcessError as error:
         message = error.stderr.decode(errors="replace").strip().splitlines()
         raise KernelsUnavailable(f"{compiler} failed: {message[0] if message else error}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         raise KernelsUnavailable(str(error)) from error
     return library

@@ -1,8 +1,16 @@
-"""Which device and precision a run computes with."""
+"""Which device, precision and code a run computes with."""
+
+import ctypes
+import sys
+from contextlib import suppress
 
 import torch
 
+from model import fused
 from utils.errors import UserError
+
+# The ways to run a training step.
+PLAIN, KERNELS, GRAPH, COMPILED = "PyTorch's operators", "fused kernels", "a CUDA graph", "a compiled CUDA graph"
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,6 +44,47 @@ def pick_precision(name: str, device: torch.device) -> str:
     else:
         native = False
     return "bf16" if native else "fp32"
+
+
+def pick_execution(name: str, device: torch.device) -> str:
+    """How to run the training step, by --compile: one of the above, perhaps with a remark in parentheses.
+
+    "auto" is the fastest that is certain to be worth its preparation: on the CPU the fused kernels, which compile in
+    seconds, where there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA compiles the networks
+    with torch.compile as well, which takes minutes. "off" is PyTorch's operators one by one.
+
+    Raises:
+        UserError: "on", and it cannot be done here.
+    """
+    fused.disable()
+    if name == "off":
+        return PLAIN
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        return COMPILED if name == "on" else GRAPH
+    try:
+        if device.type != "cpu":
+            raise fused.KernelsUnavailable(f"there are none for {device.type}")
+        fused.enable()
+        _keep_freed_memory()
+    except fused.KernelsUnavailable as error:
+        if name == "on":
+            raise UserError(f"--compile on has no fused kernels: {error}; use auto or off") from error
+        return f"{PLAIN} (no fused kernels: {error})"
+    return KERNELS
+
+
+def _keep_freed_memory() -> None:
+    """Let the next step have the memory that a step frees.
+
+    glibc returns large blocks to the system, which hands them out again page by page, zeroed: with a batch of 1,024
+    that took longer than the arithmetic.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+            mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

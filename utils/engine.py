@@ -16,8 +16,9 @@ from tqdm import tqdm
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
 from utils import checkpoint
-from utils.device import autocast
+from utils.device import COMPILED, GRAPH, PLAIN, autocast
 from utils.errors import UserError
+from utils.graphs import GraphedStep
 from utils.job import Job, flatten
 from utils.losses import online_distillation
 
@@ -37,6 +38,7 @@ class Trainer:
 
     Args:
         teacher: the pretrained teacher, frozen and in eval mode, or None.
+        execution: how to run a step, as `utils.device.pick_execution` chose.
 
     Attributes:
         epoch: epochs done.
@@ -50,6 +52,7 @@ class Trainer:
         args: argparse.Namespace,
         device: torch.device,
         precision: str,
+        execution: str = PLAIN,
     ):
         self.learner = learner.to(device, memory_format=torch.channels_last)
         self.teacher = teacher if args.miu else None
@@ -66,7 +69,11 @@ class Trainer:
         else:
             self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
         self.warmup_epochs = args.warmup_epochs
-        self.forward = torch.compile(self.learner) if args.compile == "on" else self.learner
+        graphed = execution in (GRAPH, COMPILED)
+        self.step = GraphedStep(self.train_step) if graphed else self.train_step
+        self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
+        # A recorded step reads its learning rate from memory.
+        self.lr_on_device = torch.zeros((), device=device) if graphed else None
         self.epoch, self.best = 0, None
 
     def rate(self, step: int, steps: int) -> float:
@@ -109,9 +116,8 @@ class Trainer:
         title = f"epoch {self.epoch}/{self.num_epochs}"
         with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
             for step, (images, targets) in enumerate(batches, start=1):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(step, len(batches))
-                losses, hits = self.train_step(images, targets)
+                self._set_rate(self.rate(step, len(batches)))
+                losses, hits = self.step(images, targets)
                 pending.append(torch.stack(list(losses.values())))
                 sizes.append(len(targets))
                 correct = correct + hits
@@ -132,6 +138,12 @@ class Trainer:
             "loss": dict(zip(names, averages.tolist(), strict=True)),
             "accuracy": _by_network(self.learner, [100 * hits / sum(sizes) for hits in correct.tolist()]),
         }
+
+    def _set_rate(self, rate: float) -> None:
+        if self.lr_on_device is not None:
+            rate = self.lr_on_device.fill_(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def fit(
         self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], keep_initial: bool = False
@@ -212,11 +224,14 @@ class Trainer:
             checkpoint.save(job.best, self._state(scores, meta))
 
     def _state(self, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
         return {
             "kind": checkpoint.CHECKPOINT,
             "epoch": self.epoch,
             "model": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scores": scores,
             "best": self.best,
             "meta": meta,

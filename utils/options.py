@@ -184,7 +184,8 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the students and the online teacher in training (auto: off)",
+        help="compiled code: on a CPU fused kernels (needs g++), on CUDA a graph of the training step, and with on "
+        "torch.compile, too; off: PyTorch's operators one by one (default: %(default)s)",
     )
     add("--workers", type=_positive_int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
     add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")

@@ -42,7 +42,8 @@ class Window {
 };
 
 // out[i][c] = sum over t of taps[t][c] * rows[t / 3][i * stride + t % 3][c]
-void filter_row(const float* const rows[3], const float* taps, int pixels, int channels, int stride, float* out) {
+template <class T>
+void filter_row(const float* const rows[3], const float* taps, int pixels, int channels, int stride, T* out) {
     for (int c = 0; c < channels; c += LANES) {
         Vec tap[TAPS];
         UNROLL for (int t = 0; t < TAPS; t++) tap[t] = load(taps + t * channels + c);
@@ -227,7 +228,7 @@ void conv_grad(
 #pragma omp parallel num_threads(threads)
     {
         Window window(s.width, s.in), grads(s.width, s.in);  // of x, and of the spatial stage's gradient
-        Buffer filtered(s.out_width() * s.in), grad_filtered(filtered), grad_y(out_row), grad_row(row);
+        Buffer filtered(s.out_width() * s.in), grad_filtered(filtered), grad_y(out_row);
         Buffer tap_sum(TAPS * s.in), mixing_sum(s.in * s.out);  // of an image
         Buffer all_taps(TAPS * s.in), all_mixing(s.in * s.out);
         const float* rows[3];
@@ -254,8 +255,7 @@ void conv_grad(
                 }
                 if (i > 0) {  // now the gradients of the three rows around i - 1 are there
                     grads.around(i - 1, s.height, rows);
-                    filter_row(rows, flipped.data(), s.width, s.in, 1, grad_row.data());
-                    copy(grad_row.data(), grad_image + (i - 1) * row, row);
+                    filter_row(rows, flipped.data(), s.width, s.in, 1, grad_image + (i - 1) * row);
                 }
             }
             move_sum(tap_sum.data(), all_taps.data(), TAPS * s.in);
