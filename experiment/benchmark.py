@@ -122,7 +122,7 @@ class Ours:
             return self.trainer.forward(images)
 
     def step(self, images: Tensor, targets: Tensor) -> None:
-        self.trainer.step(images, targets)
+        self.trainer.train_step(images, targets)
 
     def epoch(self, batches: AugmentedBatches) -> None:
         """With everything that an epoch of main.py does but validation and checkpoints."""

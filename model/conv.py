@@ -129,8 +129,13 @@ class CheapConv2d(nn.Module):
             return _shift_filters(self.spatial.channels)
         return self.spatial.weight if self.spatial.groups == self.spatial.in_channels else None
 
-    def dense_weight(self) -> Tensor:
-        """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to."""
+    def dense_weight(self) -> Tensor | None:
+        """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to.
+
+        None for a shift, which is not made of weights.
+        """
+        if isinstance(self.spatial, Shift2d):
+            return None
         spatial, groups, size = self.spatial.weight.float(), self.spatial.groups, self.kernel_size
         out_channels, in_channels = self.pointwise.weight.shape[:2]
         mixing = self.pointwise.weight.reshape(out_channels, groups, -1)
@@ -142,9 +147,10 @@ class CheapConv2d(nn.Module):
 @functools.cache
 def _shift_filters(channels: int) -> Tensor:
     """The 3 x 3 shift of so many channels as filters: a shift back takes a single 1 from the center to its tap."""
-    center = torch.zeros(1, channels, 3, 3)
-    center[..., 1, 1] = 1
-    return _shift(center, kernel_size=3, sign=-1).view(channels, 1, 3, 3)
+    with torch.inference_mode(False):  # training may use what evaluation was the first to ask for
+        center = torch.zeros(1, channels, 3, 3)
+        center[..., 1, 1] = 1
+        return _shift(center, kernel_size=3, sign=-1).view(channels, 1, 3, 3)
 
 
 def standard_conv(

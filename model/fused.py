@@ -25,6 +25,7 @@ from model.conv import CheapConv2d
 _SOURCES = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
 _LANES = 16  # channels come in multiples of it
+_NARROW = 64  # with more channels, the matrix products of PyTorch's operators are faster
 _library: ctypes.CDLL | None = None
 
 
@@ -59,19 +60,26 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -
 
 def conv_norm_relu(conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(conv(x)))`, plus `residual` if there is one. (B, C, H, W) -> (B, O, H', W')."""
+    return conv_norm_relu_and_input(conv, norm, x, residual)[0]
+
+
+def conv_norm_relu_and_input(
+    conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
     if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d):
-        pointwise, filters = conv.pointwise, conv.depthwise_filters()
-        if filters is not None and max(pointwise.weight.shape) <= 64 and len(pointwise.weight) % _LANES == 0:
-            x = x.to(_compute_dtype(x))
+        filters, pointwise, dtype = conv.depthwise_filters(), conv.pointwise, _compute_dtype(x)
+        if filters is not None and max(pointwise.weight.shape) <= _NARROW and len(pointwise.weight) % _LANES == 0:
+            x = x.to(dtype)
             if _applies(norm, x):
                 _count_batch(norm)
-                weights = filters, pointwise.weight, norm.weight, norm.bias
+                weights = filters.contiguous(), pointwise.weight.contiguous(), norm.weight, norm.bias
                 return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))
-        elif filters is None and pointwise.in_channels <= _dense_up_to(_compute_dtype(x)):
-            weight = conv.dense_weight()
-            x = F.conv2d(x, weight, stride=pointwise.stride, padding=weight.shape[-1] // 2)
-            return norm_relu(norm, x, residual)
-    return norm_relu(norm, conv(x), residual)
+        elif filters is None and pointwise.in_channels <= _dense_up_to(dtype):
+            if (weight := conv.dense_weight()) is not None:
+                y = F.conv2d(x, weight, stride=pointwise.stride, padding=weight.shape[-1] // 2)
+                return norm_relu(norm, y, residual), x
+    return norm_relu(norm, conv(x), residual), x
 
 
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -138,7 +146,8 @@ class _CheapConvNormReLU(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, filters: Tensor, pointwise: Tensor, weight: Tensor, bias: Tensor, stride: int,
         norm: nn.BatchNorm2d, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
         batch, channels, height, width = x.shape
         ctx.shape = shape = _Shape(batch, height, width, channels, len(pointwise), stride)
         size = batch, len(pointwise), -(-height // stride), -(-width // stride)
@@ -147,17 +156,20 @@ class _CheapConvNormReLU(torch.autograd.Function):
         ctx.save_for_backward(x, filters, pointwise, y, coefficients)
         inputs, outputs = _pointers(x, filters, pointwise, residual), _pointers(y, z, coefficients)
         _library.cheap_conv_forward(*inputs, _Norm.of(norm), *outputs, shape, norm.training, *_run(x))
-        return z
+        return z, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, grad_skip: Tensor | None) -> tuple[Tensor | None, ...]:
         x, filters, pointwise, y, coefficients = ctx.saved_tensors
+        if grad is None:
+            return grad_skip, *[None] * 7
         grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_skip = None if grad_skip is None else grad_skip.contiguous(memory_format=torch.channels_last)
         grad_x, grad_pointwise = torch.empty_like(x), torch.zeros_like(pointwise)
         grad_filters = torch.zeros_like(filters) if ctx.needs_input_grad[1] else None
         grad_weight, grad_bias = torch.empty(2, len(pointwise))
-        tensors = grad, x, filters, pointwise, y, coefficients, grad_x, grad_filters, grad_pointwise
+        tensors = grad, grad_skip, x, filters, pointwise, y, coefficients, grad_x, grad_filters, grad_pointwise
         _library.cheap_conv_backward(*_pointers(*tensors, grad_weight, grad_bias), ctx.shape, *_run(x))
         grad_residual = grad if ctx.needs_input_grad[7] else None
         return grad_x, grad_filters, grad_pointwise, grad_weight, grad_bias, None, None, grad_residual
@@ -196,7 +208,7 @@ def _load() -> ctypes.CDLL:
     library.norm_relu_forward.argtypes = [pointer] * 2 + [_Norm] + [pointer] * 2 + [count] + [integer] * 4
     library.norm_relu_backward.argtypes = [pointer] * 6 + [count] + [integer] * 3
     library.cheap_conv_forward.argtypes = [pointer] * 4 + [_Norm] + [pointer] * 3 + [_Shape] + [integer] * 3
-    library.cheap_conv_backward.argtypes = [pointer] * 11 + [_Shape] + [integer] * 2
+    library.cheap_conv_backward.argtypes = [pointer] * 12 + [_Shape] + [integer] * 2
     return library
 
 

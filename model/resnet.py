@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
-from model.fused import conv_norm_relu
+from model.fused import conv_norm_relu, conv_norm_relu_and_input
 
 SHORTCUTS = ("A", "B")
 WIDTHS = (16, 32, 64)
@@ -59,7 +59,7 @@ class StudentBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm_relu(self.conv1, self.bn1, x)
+        out, x = conv_norm_relu_and_input(self.conv1, self.bn1, x)
         return conv_norm_relu(self.conv2, self.bn2, out, residual=self.shortcut(x))
 
 

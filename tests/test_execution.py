@@ -45,7 +45,7 @@ def trained(execution, steps=3, on_device=False, device=CPU):
     returned = []
     for i in range(steps):
         trainer._set_rate(0.001 * (i + 1))
-        losses, correct = trainer.step(images[i].contiguous(memory_format=torch.channels_last), targets)
+        losses, correct = trainer.train_step(images[i].contiguous(memory_format=torch.channels_last), targets)
         returned.append(({name: value.item() for name, value in losses.items()}, correct.tolist()))
     return trainer, returned
 
@@ -124,7 +124,7 @@ def test_a_learning_rate_in_memory_trains_the_same_and_is_saved_as_a_number():
 def test_a_cuda_graph_trains_as_single_kernels_do():
     device = torch.device("cuda")
     (_, expected), (trainer, returned) = (trained(execution, 8, device=device) for execution in (PLAIN, GRAPH))
-    assert trainer.step.graph is not None
+    assert trainer.train_step.graph is not None
     for (losses, correct), (wanted, wanted_correct) in zip(returned, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-3)
         assert correct == wanted_correct

@@ -85,6 +85,20 @@ def test_a_cheap_convolution_with_norm_and_relu(
     check_unit(conv, random_norm(out_channels), x, channels_last(*size, seed=2) if with_residual else None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_with_several_uses_gets_the_sum_of_their_gradients(kind):
+    torch.manual_seed(0)
+    conv, norm = CheapConv2d(16, 16, kind=kind), random_norm(16)
+    x = channels_last(2, 16, 5, 6).requires_grad_()
+    first, second = channels_last(2, 16, 5, 6, seed=1), channels_last(2, 16, 5, 6, seed=2)
+    plain = F.relu(norm(conv(x)))
+    expected = torch.autograd.grad([plain, x], x, [first, second])[0]
+    out, again = fused.conv_norm_relu_and_input(conv, norm, x)
+    assert torch.equal(again, x)
+    assert distance(torch.autograd.grad([out, again], x, [first, second], retain_graph=True)[0], expected) < 1e-5
+    assert torch.equal(torch.autograd.grad(again, x, second)[0], second)
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("conv", [nn.Identity(), standard_conv(32, 32), CheapConv2d(32, 32, kind="group")])
 def test_norm_and_relu_after_another_convolution(conv, with_residual):
@@ -121,6 +135,22 @@ def test_a_block_of_pixels_ends_in_the_middle_of_an_image():
     """More pixels than are summed in float32 at a time, and not a multiple of their number."""
     torch.manual_seed(0)
     check_unit(CheapConv2d(16, 16), random_norm(16), channels_last(3, 16, 37, 41), None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel_size", [1, 5])
+def test_other_kernel_sizes(kind, kernel_size):
+    torch.manual_seed(0)
+    check_unit(CheapConv2d(16, 16, kernel_size, kind=kind), random_norm(16), channels_last(2, 16, 7, 6), None)
+
+
+def test_a_student_that_is_evaluated_first_can_be_trained():
+    model.conv._shift_filters.cache_clear()
+    conv, norm, x = CheapConv2d(48, 16, kind="shift"), nn.BatchNorm2d(16), channels_last(2, 48, 4, 4)
+    with torch.inference_mode():
+        fused.conv_norm_relu(conv.eval(), norm.eval(), x)
+    fused.conv_norm_relu(conv.train(), norm.train(), x).sum().backward()
+    assert conv.pointwise.weight.grad is not None
 
 
 def test_evaluation_normalizes_by_the_running_statistics():

@@ -70,7 +70,8 @@ class Trainer:
             self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
         self.warmup_epochs = args.warmup_epochs
         graphed = execution in (GRAPH, COMPILED)
-        self.step = GraphedStep(self.train_step) if graphed else self.train_step
+        if graphed:
+            self.train_step = GraphedStep(self.train_step)
         self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
         # A recorded step reads its learning rate from memory.
         self.lr_on_device = torch.zeros((), device=device) if graphed else None
@@ -117,7 +118,7 @@ class Trainer:
         with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
             for step, (images, targets) in enumerate(batches, start=1):
                 self._set_rate(self.rate(step, len(batches)))
-                losses, hits = self.step(images, targets)
+                losses, hits = self.train_step(images, targets)
                 pending.append(torch.stack(list(losses.values())))
                 sizes.append(len(targets))
                 correct = correct + hits

@@ -133,29 +133,43 @@ void multiply(const float* a, int pixels, int depth, const float* b, int columns
     }
 }
 
+// out (R rows, V * LANES of the columns) += a (pixels, depth)^T b (pixels, columns), in registers
+template <int R, int V>
+inline void multiply_grad_block(const float* a, int pixels, int depth, const float* b, int columns, float* out) {
+    Vec sum[R][V];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) sum[r][v] = load(out + r * columns + v * LANES);
+    for (int p = 0; p < pixels; p++) {
+        Vec right[V];
+        UNROLL for (int v = 0; v < V; v++) right[v] = load(b + p * columns + v * LANES);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int v = 0; v < V; v++) sum[r][v] += a[p * depth + r] * right[v];
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) store(out + r * columns + v * LANES, sum[r][v]);
+}
+
 // out (depth, columns) += a (pixels, depth)^T b (pixels, columns)
 void multiply_grad(const float* a, int pixels, int depth, const float* b, int columns, float* out) {
-    constexpr int ROWS = 8;
-    for (int k = 0; k < depth; k += ROWS) {
-        for (int o = 0; o < columns; o += LANES) {
-            float* to = out + k * columns + o;
-            Vec sum[ROWS];
-            UNROLL for (int j = 0; j < ROWS; j++) sum[j] = load(to + j * columns);
-            for (int p = 0; p < pixels; p++) {
-                const Vec right = load(b + p * columns + o);
-                UNROLL for (int j = 0; j < ROWS; j++) sum[j] += a[p * depth + k + j] * right;
-            }
-            UNROLL for (int j = 0; j < ROWS; j++) store(to + j * columns, sum[j]);
-        }
+    for (int k = 0; k < depth; k += PIXELS) {
+        int o = 0;
+        for (; o + 2 * LANES <= columns; o += 2 * LANES)
+            multiply_grad_block<PIXELS, 2>(a + k, pixels, depth, b + o, columns, out + k * columns + o);
+        for (; o < columns; o += LANES)
+            multiply_grad_block<PIXELS, 1>(a + k, pixels, depth, b + o, columns, out + k * columns + o);
     }
+}
+
+// to += from
+template <class T>
+void add(const T* from, T* to, int count) {
+    for (int i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));
 }
 
 // to += from, from = 0: sums of sums lose fewer digits than one long sum.
 void move_sum(float* from, float* to, int count) {
-    for (int i = 0; i < count; i += LANES) {
-        store(to + i, load(to + i) + load(from + i));
-        store(from + i, Vec{});
-    }
+    add(from, to, count);
+    std::fill_n(from, count, 0.0f);
 }
 
 // Calls finish(thread, number of the first pixel, filtered pixels) for each row of the spatial stage's output.
@@ -213,12 +227,12 @@ void conv_norm_relu(
     });
 }
 
-// From the gradient of relu(norm(y)). The output of the spatial stage is computed again: cheaper than to have kept it.
-// grad_spatial may be null.
+// From the gradient of relu(norm(y)), and of x along its other ways, which may be null. The output of the spatial stage
+// is computed again: cheaper than to have kept it. grad_spatial may be null.
 template <class T>
 void conv_grad(
-    const T* grad, const T* y, const Coefficients& by, const T* x, const float* spatial, const float* pointwise,
-    T* grad_x, float* grad_spatial, float* grad_pointwise, const Shape& s, int threads
+    const T* grad, const T* grad_skip, const T* y, const Coefficients& by, const T* x, const float* spatial,
+    const float* pointwise, T* grad_x, float* grad_spatial, float* grad_pointwise, const Shape& s, int threads
 ) {
     const Buffer taps = transposed(spatial, s.in, TAPS);
     Buffer flipped(TAPS * s.in);  // what leads back through a filter is the filter turned by 180 degrees
@@ -247,15 +261,18 @@ void conv_grad(
                     window.around(i, s.height, rows);
                     filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data());
                     multiply_grad(filtered.data(), s.out_width(), s.in, grad_y.data(), s.out, mixing_sum.data());
-                    multiply(grad_y.data(), s.out_width(), s.out, pointwise, s.in, grad_filtered.data());
-                    for (int j = 0; j < s.out_width(); j++)
+                    float* to = s.stride == 1 ? grads.pixels(i) : grad_filtered.data();
+                    multiply(grad_y.data(), s.out_width(), s.out, pointwise, s.in, to);
+                    for (int j = 0; j < s.out_width() && s.stride > 1; j++)
                         copy(&grad_filtered[j * s.in], grads.pixels(i) + j * s.stride * s.in, s.in);
                     if (grad_spatial)
                         filter_row_grad(rows, grads.pixels(i), s.out_width(), s.in, s.stride, tap_sum.data());
                 }
                 if (i > 0) {  // now the gradients of the three rows around i - 1 are there
                     grads.around(i - 1, s.height, rows);
-                    filter_row(rows, flipped.data(), s.width, s.in, 1, grad_image + (i - 1) * row);
+                    T* to = grad_image + (i - 1) * row;
+                    filter_row(rows, flipped.data(), s.width, s.in, 1, to);
+                    if (grad_skip) add(grad_skip + (to - grad_x), to, row);
                 }
             }
             move_sum(tap_sum.data(), all_taps.data(), TAPS * s.in);

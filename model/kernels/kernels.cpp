@@ -59,18 +59,19 @@ void cheap_conv_forward(
          : run((const float*)x, (const float*)residual, (float*)y, (float*)z);
 }
 
-// Adds to grad_spatial, which may be null, and to grad_pointwise.
+// Adds to grad_spatial, which may be null, and to grad_pointwise. grad_skip, which may be null, is added to grad_x.
 void cheap_conv_backward(
-    const void* grad, const void* x, const float* spatial, const float* pointwise, const void* y, float* coefficients,
+    const void* grad, const void* grad_skip, const void* x, const float* spatial, const float* pointwise, const void* y, float* coefficients,
     void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight, float* grad_bias, Shape shape,
     int half, int threads
 ) {
     const Coefficients by(coefficients, shape.out);
-    auto run = [&](const auto* grad, const auto* x, const auto* y, auto* grad_x) {
+    auto run = [&](const auto* grad, const auto* grad_skip, const auto* x, const auto* y, auto* grad_x) {
         norm_relu_sums(grad, y, by, grad_weight, grad_bias, shape.out_pixels(), shape.out, threads);
-        conv_grad(grad, y, by, x, spatial, pointwise, grad_x, grad_spatial, grad_pointwise, shape, threads);
+        conv_grad(
+            grad, grad_skip, y, by, x, spatial, pointwise, grad_x, grad_spatial, grad_pointwise, shape, threads);
     };
-    half ? run((const bf16*)grad, (const bf16*)x, (const bf16*)y, (bf16*)grad_x)
-         : run((const float*)grad, (const float*)x, (const float*)y, (float*)grad_x);
+    half ? run((const bf16*)grad, (const bf16*)grad_skip, (const bf16*)x, (const bf16*)y, (bf16*)grad_x)
+         : run((const float*)grad, (const float*)grad_skip, (const float*)x, (const float*)y, (float*)grad_x);
 }
 }

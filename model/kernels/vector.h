@@ -47,7 +47,7 @@ inline void store(bf16* to, Vec v) {  // to the nearest, ties to even; NaN stays
 
 template <class From, class To>
 void copy(const From* from, To* to, int count) {
-    for (int i = 0; i < count; i += LANES) store(to + i, load(from + i));
+    for (int i = 0; i < count; i += LANES) { __builtin_prefetch(from + i + 2048); store(to + i, load(from + i)); }
 }
 
 // Zeroed floats, aligned to the registers: a load across two cache lines takes twice as long.
