@@ -10,9 +10,9 @@ the students, shift as a depthwise convolution with one-hot filters, and the acc
 step. Steps of all variants are timed in turn, so that a change in the machine's load meets all of them.
 
 Columns: images/s of a training step (forward, loss, backward, SGD; median) and its ratio to the baseline; images/s of
-an epoch with data and augmentation; the share of the step that is not forward and backward of the networks; the
-memory that a step takes on top of what is there before it; and the roofline, the least time that the step needs by
-its arithmetic and by its memory traffic as a share of the time that it took:
+an epoch with data and augmentation, and of an evaluation (float32, batches of 100); the share of the step that is not
+forward and backward of the networks; the memory that a step takes on top of what is there before it; and the roofline,
+the least time that the step needs by its arithmetic and by its memory traffic as a share of the time that it took:
 
 - arithmetic: three times the multiply-accumulates of the forward pass (forward, gradient of the input, gradient of the
   weights), at the rate of a large matrix product in the same precision;
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import AugmentedBatches
+from data.loader import AugmentedBatches, Batches
 from data.sources import Split
 from model import build, fused
 from model.conv import KINDS, Shift2d
@@ -49,7 +49,7 @@ from model.online import OnlineTeacher
 from utils import options
 from utils.cost import count
 from utils.device import COMPILED, GRAPH, autocast, describe, pick_device, pick_execution, pick_precision
-from utils.engine import Trainer
+from utils.engine import Trainer, evaluate
 from utils.graphs import GraphedStep
 from utils.job import Job
 
@@ -193,6 +193,7 @@ def compare(
     records = []
     for variant, seconds, model_seconds in zip(variants, times, model_times, strict=True):
         variant.prepare()
+        epoch, evaluation = data_rates(setting, variant, device) if isinstance(variant, Ours) else (None, None)
         least_traffic = 10 * elements * (2 if variant.precision == "bf16" else 4)
         records.append(
             {
@@ -201,7 +202,8 @@ def compare(
                 "step_seconds": seconds,
                 "images_per_second": setting.batch_size / seconds,
                 "ratio": times[0] / seconds,
-                "epoch_images_per_second": epoch_rate(setting, variant, device) if isinstance(variant, Ours) else None,
+                "epoch_images_per_second": epoch,
+                "evaluation_images_per_second": evaluation,
                 # Inside of a graph nothing can be timed apart.
                 "outside_model": None if variant.graphed else max(0.0, 1 - model_seconds / seconds),
                 "peak_memory_bytes": peak_memory(lambda variant=variant: variant.step(images, targets), device),
@@ -230,18 +232,25 @@ def timed_in_turn(
     return [statistics.median(taken) for taken in times]
 
 
-def epoch_rate(setting: Setting, variant: Ours, device: torch.device, num_batches: int = 6) -> float:
+def data_rates(setting: Setting, variant: Ours, device: torch.device, num_batches: int = 6) -> tuple[float, float]:
+    """Images/s of an epoch of training and of an evaluation, data and augmentation included."""
     count = setting.batch_size * num_batches
     generator = np.random.default_rng(0)
     split = Split(generator.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % CLASSES)
-    statistics_ = ((0.5,) * 3, (0.25,) * 3, device)
-    batches = AugmentedBatches(split, setting.batch_size, *statistics_, padding=4, flip=True, seed=0)
-    variant.epoch(batches)
-    wait(device)
-    started = time.perf_counter()
-    variant.epoch(batches)
-    wait(device)
-    return count / (time.perf_counter() - started)
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    train = AugmentedBatches(split, setting.batch_size, mean, std, device, padding=4, flip=True, seed=0)
+    test = Batches(split, variant.args.eval_batch_size, mean, std, device)
+    rates = []
+    for run in (lambda: variant.epoch(train), lambda: evaluate(variant.learner, test)):
+        times = []
+        for _ in range(3):
+            wait(device)
+            started = time.perf_counter()
+            run()
+            wait(device)
+            times.append(time.perf_counter() - started)
+        rates.append(count / statistics.median(times))
+    return rates[0], rates[1]
 
 
 def forward_backward(variant: Baseline | Ours, images: Tensor) -> None:
@@ -332,15 +341,17 @@ def print_tables(
     rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine["operations_per_second"].items())
     print(f"{machine['device']}; torch {machine['torch']}; medians of {steps} steps, in turn")
     print(f"a large matrix product: {rates}; a large copy: {machine['bytes_per_second'] / 1e9:,.1f} GB/s\n")
-    lines = [["conv", "variant", "images/s", "ratio", "with data", "outside", "memory", "arithmetic", "traffic"]]
+    titles = ["conv", "variant", "images/s", "ratio", "with data", "evaluation", "outside", "memory"]
+    lines = [[*titles, "arithmetic", "traffic"]]
     for r in results:
         known = {
             "epoch_images_per_second": "{:,.1f}".format,
+            "evaluation_images_per_second": "{:,.1f}".format,
             "outside_model": "{:.1%}".format,
             "peak_memory_bytes": lambda size: f"{size / 2**30:.2f} GiB",
         }
-        epoch, outside, memory = (show(r[key]) if r[key] is not None else "-" for key, show in known.items())
-        line = [r["conv"], r["variant"], f"{r['images_per_second']:,.1f}", f"{r['ratio']:.2f}x", epoch, outside, memory]
+        cells = [show(r[key]) if r[key] is not None else "-" for key, show in known.items()]
+        line = [r["conv"], r["variant"], f"{r['images_per_second']:,.1f}", f"{r['ratio']:.2f}x", *cells]
         lines.append([*line, f"{r['roofline_arithmetic']:.0%}", f"{r['roofline_memory']:.0%}"])
     print_table(lines, left=2)
     if scaled:

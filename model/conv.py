@@ -129,13 +129,11 @@ class CheapConv2d(nn.Module):
             return _shift_filters(self.spatial.channels)
         return self.spatial.weight if self.spatial.groups == self.spatial.in_channels else None
 
-    def dense_weight(self) -> Tensor | None:
+    def dense_weight(self) -> Tensor:
         """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to.
 
-        None for a shift, which is not made of weights.
+        Not for a shift, which has no weights to take part.
         """
-        if isinstance(self.spatial, Shift2d):
-            return None
         spatial, groups, size = self.spatial.weight.float(), self.spatial.groups, self.kernel_size
         out_channels, in_channels = self.pointwise.weight.shape[:2]
         mixing = self.pointwise.weight.reshape(out_channels, groups, -1)

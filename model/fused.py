@@ -75,10 +75,9 @@ def conv_norm_relu_and_input(
                 _count_batch(norm)
                 weights = filters.contiguous(), pointwise.weight.contiguous(), norm.weight, norm.bias
                 return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))
-        elif filters is None and pointwise.in_channels <= _dense_up_to(dtype):
-            if (weight := conv.dense_weight()) is not None:
-                y = F.conv2d(x, weight, stride=pointwise.stride, padding=weight.shape[-1] // 2)
-                return norm_relu(norm, y, residual), x
+        elif filters is None and conv.kernel_size == 3 and pointwise.in_channels <= _dense_up_to(dtype):
+            y = F.conv2d(x, conv.dense_weight(), stride=pointwise.stride, padding=1)
+            return norm_relu(norm, y, residual), x
     return norm_relu(norm, conv(x), residual), x
 
 
@@ -101,6 +100,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+@functools.cache
 def _dense_up_to(dtype: torch.dtype) -> int:
     """The channels up to which a dense convolution is faster than a group convolution and its pointwise stage.
 
