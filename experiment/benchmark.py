@@ -250,6 +250,7 @@ def data_rates(setting: Setting, variant: Ours, device: torch.device, num_batche
             wait(device)
             times.append(time.perf_counter() - started)
         rates.append(count / statistics.median(times))
+    variant.learner.train()
     return rates[0], rates[1]
 
 

@@ -56,7 +56,7 @@ class Trainer:
     ):
         self.learner = learner.to(device, memory_format=torch.channels_last)
         self.teacher = teacher if args.miu else None
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.execution = device, precision, execution
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.objective = partial(
             online_distillation, lam=args.lam, temperature=args.temperature, miu=args.miu, reduction=args.kl_reduction

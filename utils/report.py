@@ -51,7 +51,7 @@ def publish(
     checkpoint.export(job.export, best, meta)
     draw_curves(job, trainer.best, rows[0].val if rows[0].network is not best else None)
     table = compare(rows, dataset.input_size, device)
-    _write(job, table, trainer.best, meta, dataset, device)
+    _write(job, table, trainer, meta, dataset, device)
     job.logger.info(f"\n{summary(table)}\n\nexported {job.export}; more in {job.report}")
 
 
@@ -74,17 +74,21 @@ def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device
 def _write(
     job: Job,
     table: list[dict[str, Any]],
-    best: dict[str, Any],
+    trainer: Trainer,
     meta: dict[str, Any],
     dataset: DataSet,
     device: torch.device,
 ) -> None:
-    environment = {"device": describe(device), "torch": torch.__version__, "command": sys.argv}
+    best, execution = trainer.best, trainer.execution
+    environment = {
+        "device": describe(device), "execution": execution, "torch": torch.__version__, "command": sys.argv
+    }  # fmt: skip
     notes = [
         headline(dataset),
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
+        f"Run by {execution}, trained in {trainer.precision}.",
     ]
     flags = " ".join(
         f"`--{name} {value}`" for name, value in meta["config"].items() if value is not None and value is not False
