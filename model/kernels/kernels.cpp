@@ -61,8 +61,8 @@ void cheap_conv_forward(
 
 // Adds to grad_spatial, which may be null, and to grad_pointwise. grad_skip, which may be null, is added to grad_x.
 void cheap_conv_backward(
-    const void* grad, const void* grad_skip, const void* x, const float* spatial, const float* pointwise, const void* y, float* coefficients,
-    void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight, float* grad_bias, Shape shape,
+    const void* grad, const void* grad_skip, const void* x, const float* spatial, const float* pointwise, const void* y,
+    float* coefficients, void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight, float* grad_bias, Shape shape,
     int half, int threads
 ) {
     const Coefficients by(coefficients, shape.out);

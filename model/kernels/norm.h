@@ -217,7 +217,8 @@ void norm_relu_grad_row(const T* grad, const T* x, const Coefficients& by, To* g
     for (int i = 0; i < pixels; i++) {
         for (int c = 0; c < channels; c += LANES) {
             const int at = i * channels + c;
-            __builtin_prefetch(x + at + 2048); __builtin_prefetch(grad + at + 2048);
+            __builtin_prefetch(x + at + AHEAD_IN_MEMORY);
+            __builtin_prefetch(grad + at + AHEAD_IN_MEMORY);
             const Vec pixel = load(x + at), g = through_relu(load(grad + at), pixel, by, c);
             store(grad_x + at, load(by.scale + c) * g + load(by.slope + c) * pixel + load(by.offset + c));
         }

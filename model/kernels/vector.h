@@ -13,9 +13,10 @@ constexpr int LANES = 16, PIXELS = 8;  // floats in a register; pixels of a bloc
 #else
 constexpr int LANES = 8, PIXELS = 4;
 #endif
-constexpr int AHEAD = 4;    // pixels of a row at a time, whose filters share what they load
-constexpr int TAPS = 9;     // of a 3 x 3 filter
-constexpr int BLOCK = 1024; // pixels that are summed in float32 before the sum goes on in double
+constexpr int AHEAD = 4;               // pixels of a row at a time, whose filters share what they load
+constexpr int TAPS = 9;                // of a 3 x 3 filter
+constexpr int BLOCK = 1024;            // pixels that are summed in float32 before the sum goes on in double
+constexpr int AHEAD_IN_MEMORY = 2048;  // numbers; what is fetched so early is there when a loop gets to it
 
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -47,7 +48,10 @@ inline void store(bf16* to, Vec v) {  // to the nearest, ties to even; NaN stays
 
 template <class From, class To>
 void copy(const From* from, To* to, int count) {
-    for (int i = 0; i < count; i += LANES) { __builtin_prefetch(from + i + 2048); store(to + i, load(from + i)); }
+    for (int i = 0; i < count; i += LANES) {
+        __builtin_prefetch(from + i + AHEAD_IN_MEMORY);
+        store(to + i, load(from + i));
+    }
 }
 
 // Zeroed floats, aligned to the registers: a load across two cache lines takes twice as long.
