@@ -62,8 +62,8 @@ void cheap_conv_forward(
 // Adds to grad_spatial, which may be null, and to grad_pointwise. grad_skip, which may be null, is added to grad_x.
 void cheap_conv_backward(
     const void* grad, const void* grad_skip, const void* x, const float* spatial, const float* pointwise, const void* y,
-    float* coefficients, void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight, float* grad_bias, Shape shape,
-    int half, int threads
+    float* coefficients, void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight,
+    float* grad_bias, Shape shape, int half, int threads
 ) {
     const Coefficients by(coefficients, shape.out);
     auto run = [&](const auto* grad, const auto* grad_skip, const auto* x, const auto* y, auto* grad_x) {
