@@ -25,7 +25,8 @@ from model.conv import CheapConv2d
 _SOURCES = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
 _LANES = 16  # channels come in multiples of it
-_NARROW = 64  # with more channels, the matrix products of PyTorch's operators are faster
+# With more channels, the matrix products of PyTorch's operators are faster; measured in experiment/PERFORMANCE.md.
+_MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 64}
 _library: ctypes.CDLL | None = None
 
 
@@ -69,9 +70,9 @@ def conv_norm_relu_and_input(
     """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
     if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d):
         filters, pointwise, dtype = conv.depthwise_filters(), conv.pointwise, _compute_dtype(x)
-        if filters is not None and max(pointwise.weight.shape) <= _NARROW and len(pointwise.weight) % _LANES == 0:
+        if filters is not None and len(pointwise.weight) % _LANES == 0:
             x = x.to(dtype)
-            if _applies(norm, x):
+            if _applies(norm, x) and max(pointwise.weight.shape) <= _MOST_CHANNELS[dtype]:
                 _count_batch(norm)
                 weights = filters.contiguous(), pointwise.weight.contiguous(), norm.weight, norm.bias
                 return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))

@@ -73,7 +73,14 @@ def distance(value, wanted):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(
     ("in_channels", "out_channels", "stride", "height", "width", "batch"),
-    [(16, 16, 1, 7, 5, 3), (16, 32, 2, 8, 8, 2), (32, 48, 2, 7, 9, 3), (64, 64, 1, 1, 3, 5), (48, 16, 3, 10, 7, 2)],
+    [
+        (16, 16, 1, 7, 5, 3),
+        (128, 128, 1, 4, 5, 2),
+        (16, 32, 2, 8, 8, 2),
+        (32, 48, 2, 7, 9, 3),
+        (64, 64, 1, 1, 3, 5),
+        (48, 16, 3, 10, 7, 2),
+    ],
 )
 def test_a_cheap_convolution_with_norm_and_relu(
     kind, with_residual, in_channels, out_channels, stride, height, width, batch
