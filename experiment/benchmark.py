@@ -223,12 +223,9 @@ def timed_in_turn(
     for i in range(warm_up + steps):
         for variant, taken in zip(variants, times, strict=True):
             variant.prepare()
-            wait(device)
-            started = time.perf_counter()
-            call(variant)
-            wait(device)
+            seconds = time_of(lambda variant=variant: call(variant), device)
             if i >= warm_up:
-                taken.append(time.perf_counter() - started)
+                taken.append(seconds)
     return [statistics.median(taken) for taken in times]
 
 
@@ -240,18 +237,10 @@ def data_rates(setting: Setting, variant: Ours, device: torch.device, num_batche
     mean, std = (0.5,) * 3, (0.25,) * 3
     train = AugmentedBatches(split, setting.batch_size, mean, std, device, padding=4, flip=True, seed=0)
     test = Batches(split, variant.args.eval_batch_size, mean, std, device)
-    rates = []
-    for run in (lambda: variant.epoch(train), lambda: evaluate(variant.learner, test)):
-        times = []
-        for _ in range(3):
-            wait(device)
-            started = time.perf_counter()
-            run()
-            wait(device)
-            times.append(time.perf_counter() - started)
-        rates.append(count / statistics.median(times))
+    runs = (lambda: variant.epoch(train), lambda: evaluate(variant.learner, test))
+    epoch, evaluation = (count / statistics.median(time_of(run, device) for _ in range(3)) for run in runs)
     variant.learner.train()
-    return rates[0], rates[1]
+    return epoch, evaluation
 
 
 def forward_backward(variant: Baseline | Ours, images: Tensor) -> None:
@@ -297,14 +286,16 @@ def measure_machine(device: torch.device, precisions: dict[str, None]) -> dict[s
 
 
 def best_of(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(6):
-        wait(device)
-        started = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    return min(time_of(call, device) for _ in range(6))
+
+
+def time_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    wait(device)
+    started = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - started
 
 
 def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:

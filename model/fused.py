@@ -221,7 +221,7 @@ def _compile() -> Path:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         processor = repr((platform.machine(), sorted(torch.cpu.get_capabilities().items()), _FLAGS)).encode()
-        sources = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+        sources = b"".join(path.read_bytes() for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]))
         key = hashlib.sha256(sources + version + processor).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "od-cheap-convolution"
         library = cache / f"kernels-{key}.so"
