@@ -23,16 +23,16 @@ from torch import nn
 import data
 from data.loader import Loaders, make_loaders
 from data.sources import DataSet
-from model import build, check_teacher
+from model import build, check_teacher, variant_for
 from model.online import Students
 from utils import checkpoint, report
-from utils.cost import Cost, count
+from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, top1
 from utils.errors import UserError, run_script
 from utils.job import Job
 from utils.report import Row
-from utils.teacher import load_teacher
+from utils.teacher import check_accuracy, pretrained_teacher
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
-    student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine)
+    student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine, args.arch)
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
     job = Job(args.job_dir, options.configuration(args))
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
     dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
-    num_classes = len(dataset.classes)
-    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
+    check_fits(student, str(args.refine), dataset.input_size, len(dataset.classes))
+    teacher = pretrained_teacher(args, dataset, device)
     before = copy.deepcopy(student).to(device)
     trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
@@ -63,11 +63,14 @@ def main(args: argparse.Namespace) -> None:
     meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
     if resumed:
         trainer.resume(resumed, meta)
+    accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
+    if teacher:
+        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
     trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)
 
     trainer.load_best(job)
@@ -115,7 +118,9 @@ def results(
     same_data = all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size"))
     known = {network["name"]: network for network in source.get("networks", [])} if same_data else {}
     name = report.standard_name(args.teacher_model)
-    standard = teacher or build(args.teacher_model, len(dataset.classes))  # untrained, to compare costs with
+    if not (standard := teacher):  # an untrained one, to compare costs with
+        variant = variant_for(args.arch, args.teacher_model, size)
+        standard = build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
     if teacher:
         accuracies = [top1(teacher, batches) for batches in splits]
     else:

@@ -21,17 +21,17 @@ from torch import nn
 import data
 from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
-from model import build, check_architecture, check_teacher
+from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import OnlineTeacher, Students
 from utils import checkpoint, report
-from utils.cost import count
+from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, evaluate, top1
 from utils.errors import UserError, run_script
 from utils.job import Job
 from utils.report import Row
-from utils.teacher import load_teacher
+from utils.teacher import check_accuracy, pretrained_teacher
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,24 +43,24 @@ def main(args: argparse.Namespace) -> None:
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
     dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
-    num_classes = len(dataset.classes)
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
-    teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
+    teacher = pretrained_teacher(args, dataset, device)
     torch.manual_seed(args.seed)
-    trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision, execution)
+    trainer = Trainer(build_learner(args, dataset), teacher, args, device, precision, execution)
     if args.test_only:
         print_test(args, job, trainer.learner, teacher, loaders.test)
         return
     meta = describe_run(args, dataset)
     if resumed:
         trainer.resume(resumed, meta)
+    accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
         job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
-        job.logger.info(f"pretrained teacher: {top1(teacher, loaders.val):.2f} % on the validation set")
+        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
     trainer.fit(loaders.train, loaders.val, job, meta)
 
     trainer.load_best(job)
@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def resolve_networks(args: argparse.Namespace) -> None:
-    """Raise a UserError for networks that cannot be built, before data is read; puts a number to --pruned_num."""
+    """Raise a UserError for networks that cannot be built, before data is read; settles --arch and --pruned_num."""
+    args.arch = args.arch or architecture_of(args.teacher_model)
     check_teacher(args.arch, args.teacher_model)
     if args.pretrain:
         args.pruned_num = 0
@@ -78,35 +79,54 @@ def resolve_networks(args: argparse.Namespace) -> None:
         args.pruned_num = count_cheap(build_student(args, num_classes=1))
 
 
-def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    return build(args.student_model, num_classes, args.conv, args.groups, args.pruned_num)
+def build_student(args: argparse.Namespace, num_classes: int, **variant: Any) -> nn.Module:
+    return build(args.student_model, num_classes, args.conv, args.groups, args.pruned_num, args.arch, **variant)
 
 
-def build_learner(args: argparse.Namespace, num_classes: int) -> Students:
+def build_standard(args: argparse.Namespace, dataset: DataSet) -> nn.Module:
+    """The standard network, untrained."""
+    variant = variant_for(args.arch, args.teacher_model, dataset.input_size)
+    return build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
+
+
+def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
     """What is trained: the standard network alone, or students with an online teacher.
 
     One student that no online teacher teaches (--lambda 0) needs none: plain training, or offline distillation.
+
+    Raises:
+        UserError: the networks do not take such images, or do not tell so many classes apart.
     """
+    num_classes = len(dataset.classes)
     if args.pretrain:
-        return Students([build(args.teacher_model, num_classes)])
-    students = [build_student(args, num_classes) for _ in range(args.num_students)]
-    return Students(students) if args.num_students == 1 and not args.lam else OnlineTeacher(students, num_classes)
+        networks = [build_standard(args, dataset)]
+    else:
+        variant = variant_for(args.arch, args.student_model, dataset.input_size)
+        networks = [build_student(args, num_classes, **variant) for _ in range(args.num_students)]
+    check_fits(networks[0], trained_model(args), dataset.input_size, num_classes)
+    return Students(networks) if len(networks) == 1 and not args.lam else OnlineTeacher(networks, num_classes)
+
+
+def trained_model(args: argparse.Namespace) -> str:
+    return args.teacher_model if args.pretrain else args.student_model
 
 
 def describe_run(args: argparse.Namespace, dataset: DataSet) -> dict[str, Any]:
     """The metadata of this run's checkpoints and of the network that it exports."""
+    config = options.configuration(args)
     return {
-        "arch": args.arch,
-        "model": args.teacher_model if args.pretrain else args.student_model,
+        "arch": config["arch"],
+        "model": trained_model(args),
         "conv": args.conv,
         "groups": args.groups,
         "pruned_num": args.pruned_num,
+        "build": variant_for(args.arch, trained_model(args), dataset.input_size),
         "num_classes": len(dataset.classes),
         "classes": dataset.classes,
         "input_size": list(dataset.input_size),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
-        "config": options.configuration(args),
+        "config": config,
     }
 
 
@@ -117,7 +137,7 @@ def results(
     learner, best, size = trainer.learner, trainer.best_student, dataset.input_size
     standard = best if args.pretrain else teacher
     accuracies = [top1(standard, batches) for batches in (loaders.val, loaders.test)] if standard else (None, None)
-    standard = standard or build(args.teacher_model, len(dataset.classes))  # untrained, to compare costs with
+    standard = standard or build_standard(args, dataset)  # untrained, to compare costs with
     rows = [Row(report.standard_name(args.teacher_model), count(standard, size), *accuracies, standard)]
     if args.pretrain:
         return rows

@@ -137,7 +137,7 @@ class Ours:
 
 
 def one_hot_shift(shift: Shift2d) -> nn.Conv2d:
-    channels, size = shift.channels, shift.kernel_size
+    channels, size = shift.channels, shift.kernel_size[0]
     conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
     nn.init.zeros_(conv.weight)
     for c in range(channels):

@@ -3,17 +3,22 @@
 To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
 `(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order
 (model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have. The
-file may also define `from_public`, for checkpoints that other projects publish; see `from_public` below.
+file may also define `from_public`, for checkpoints that other projects publish, and `variant_for`, for networks whose
+form depends on the size of the images; see the functions of these names below.
+
+The networks of torchvision, of timm and of Python files (model/external.py) have the same names, with their `arch`.
 """
 
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from model import external
 from model.conv import cheap_convs, standard_convs
 from utils.errors import UserError
 
@@ -25,13 +30,26 @@ _BUILDERS = {name: builder for module in ARCHITECTURES.values() for name, builde
 
 
 def names() -> list[str]:
-    """Every name that `build` takes."""
+    """Every name that `build` takes for this project's own networks."""
     return sorted(name + suffix for name in _BUILDERS for suffix in ("", SPARSE))
 
 
+def architecture_of(name: str) -> str:
+    """The architecture, a file of this folder, that has the network `name`.
+
+    Raises:
+        UserError (a ValueError): none has.
+    """
+    _check_name(name, names(), "network")
+    return next(arch for arch, module in ARCHITECTURES.items() if name.removesuffix(SPARSE) in module.NETWORKS)
+
+
 def check_architecture(arch: str, name: str) -> None:
-    """Raise a UserError unless `name` is a network of the architecture `arch`, a file of this folder."""
-    _check_name(arch, list(ARCHITECTURES), "architecture")
+    """Raise a UserError unless `name` is a network of the architecture `arch`."""
+    if external.is_external(arch):
+        external.check(arch, name.removesuffix(SPARSE))
+        return
+    _check_name(arch, [*ARCHITECTURES, *external.LIBRARIES], "architecture")
     _check_name(name, names(), "network")
     known = ARCHITECTURES[arch].NETWORKS
     if name.removesuffix(SPARSE) not in known:
@@ -45,13 +63,23 @@ def check_teacher(arch: str, name: str) -> None:
         raise UserError(f"--teacher_model {name} is a student: the teacher is the standard network")
 
 
-def from_public(name: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict that another project published, for the network `name`.
+def variant_for(arch: str, name: str, input_size: Sequence[int]) -> dict[str, Any]:
+    """The keyword arguments of `build` with which the network suits images of `input_size` (C, H, W)."""
+    if external.is_external(arch):
+        return {"input_size": list(input_size)}
+    module = ARCHITECTURES[arch]
+    return module.variant_for(name.removesuffix(SPARSE), input_size) if hasattr(module, "variant_for") else {}
+
+
+def from_public(arch: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict that another project published, for a network of the architecture `arch`.
 
     Returns:
         The weights under this project's keys, and the keyword arguments of `build` for the variant that they are of.
     """
-    module = next(module for module in ARCHITECTURES.values() if name in module.NETWORKS)
+    if external.is_external(arch):
+        return external.from_public(weights), {}
+    module = ARCHITECTURES[arch]
     return module.from_public(weights) if hasattr(module, "from_public") else (weights, {})
 
 
@@ -66,6 +94,7 @@ def build(
     conv: str = "depthwise",
     groups: int = 4,
     pruned_num: int | None = None,
+    arch: str | None = None,
     **kwargs,
 ) -> nn.Module:
     """A freshly initialized network.
@@ -75,11 +104,16 @@ def build(
         conv: the cheap convolution of a `_sparse` network, "depthwise", "group" or "shift".
         groups: of each group convolution.
         pruned_num: how many convolutions are cheap, counted from the output side; None for all.
-        kwargs: of the architecture, as in `shortcut="A"` for ResNets.
+        arch: "torchvision", "timm" or a Python file, whose network `name` is; otherwise it is one of `names()`.
+        kwargs: of the architecture, as in `shortcut="A"` for CIFAR ResNets; `variant_for` knows which.
 
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
+    if external.is_external(arch):
+        if is_sparse(name):
+            return external.student(arch, name.removesuffix(SPARSE), num_classes, conv, groups, pruned_num, **kwargs)
+        return external.standard(arch, name, num_classes, **kwargs)
     _check_name(name, names(), "network")
     plan = partial(cheap_convs, kind=conv, groups=groups, pruned_num=pruned_num) if is_sparse(name) else standard_convs
     return _BUILDERS[name.removesuffix(SPARSE)](num_classes=num_classes, convs=plan, **kwargs)

@@ -10,9 +10,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
+
+Pair = tuple[int, int]
+Padding = int | Pair | str  # as nn.Conv2d's: on both sides of each axis, or "same", or "valid"
 
 KINDS = ("depthwise", "group", "shift")
 
@@ -26,17 +30,21 @@ def _overlap(size: int, offset: int) -> tuple[slice, slice]:
     return slice(max(0, -offset), size - max(0, offset)), slice(max(0, offset), size + min(0, offset))
 
 
-def _shift(x: Tensor, kernel_size: int, sign: int) -> Tensor:
-    """Move channel c of x (B, C, H, W) by sign * (dy, dx); zeros come in from outside. Keeps x's memory format."""
+def _shift(x: Tensor, kernel_size: Pair, step: Pair) -> Tensor:
+    """Move channel c of x (B, C, H, W) by its (dy, dx) times step; zeros come in from outside. Keeps the memory format.
+
+    A negative step moves back.
+    """
     channels, height, width = x.shape[1:]
-    offsets = kernel_size**2
+    rows, columns = kernel_size
+    offsets = rows * columns
     moved = channels - channels % offsets
     out = torch.zeros_like(x)
-    # The offset of a moved channel depends on c % k^2 alone, so k^2 copies of strided channels move them all.
+    # The offset of a moved channel depends on c % (rows * columns) alone: so many copies of strided channels do it.
     for c in range(min(offsets, moved)):
-        dy, dx = c // kernel_size - kernel_size // 2, c % kernel_size - kernel_size // 2
-        (out_rows, rows), (out_columns, columns) = _overlap(height, sign * dy), _overlap(width, sign * dx)
-        out[:, c:moved:offsets, out_rows, out_columns] = x[:, c:moved:offsets, rows, columns]
+        dy, dx = c // columns - rows // 2, c % columns - columns // 2
+        (out_y, in_y), (out_x, in_x) = _overlap(height, step[0] * dy), _overlap(width, step[1] * dx)
+        out[:, c:moved:offsets, out_y, out_x] = x[:, c:moved:offsets, in_y, in_x]
     out[:, moved:] = x[:, moved:]
     return out
 
@@ -45,13 +53,14 @@ class _Shift(torch.autograd.Function):
     """The gradient of a shift is the shift by the opposite offsets: no convolution in either direction."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, kernel_size: int, sign: int) -> Tensor:
-        ctx.kernel_size, ctx.sign = kernel_size, sign
-        return _shift(x, kernel_size, sign)
+    def forward(ctx, x: Tensor, kernel_size: Pair, step: Pair) -> Tensor:
+        ctx.kernel_size, ctx.step = kernel_size, step
+        return _shift(x, kernel_size, step)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Shift.apply(grad, ctx.kernel_size, -ctx.sign), None, None
+        back = (-ctx.step[0], -ctx.step[1])
+        return _Shift.apply(grad, ctx.kernel_size, back), None, None
 
 
 class Shift2d(nn.Module):
@@ -59,20 +68,41 @@ class Shift2d(nn.Module):
 
     `out[c, y, x] = in[c, y + dy, x + dx]` with `dx = c % k - k // 2`, `dy = (c // k) % k - k // 2`, zeros outside, for
     c < k^2 * floor(C / k^2); the remaining channels stay where they are (Wu et al., arXiv 1711.08141, as released
-    with arXiv 1909.13063). (B, C, H, W) -> (B, C, H, W), in NCHW or channels_last.
+    with arXiv 1909.13063). (B, C, H, W) in NCHW or channels_last.
+
+    It is a depthwise convolution with a single 1 in each filter, and takes what nn.Conv2d takes: a kernel_size
+    (k_y, k_x), a padding, a dilation that multiplies the offsets, and a padding_mode; the output has the size that the
+    convolution's has. By default that is the input's.
 
     Raises:
-        UserError (a ValueError): an even kernel, which has no center.
+        UserError (a ValueError): an even kernel, which has no center, without a padding.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Pair = 3,
+        padding: Padding | None = None,
+        dilation: int | Pair = 1,
+        padding_mode: str = "zeros",
+    ):
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise UserError(f"a shift needs an odd kernel size, not {kernel_size}")
-        self.channels, self.kernel_size = channels, kernel_size
+        self.channels, self.kernel_size, self.dilation = channels, _pair(kernel_size), _pair(dilation)
+        if padding is None:
+            padding = _keeping_size(self.kernel_size, self.dilation)
+        reach = [step * (size - 1) for size, step in zip(self.kernel_size, self.dilation, strict=True)]
+        center = [step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True)]
+        before = [total // 2 for total in reach] if padding == "same" else _pair(0 if padding == "valid" else padding)
+        after = [total - first for total, first in zip(reach, before, strict=True)] if padding == "same" else before
+        self.pad = (before[1], after[1], before[0], after[0])  # in the order of F.pad
+        self.crop = (center[1], reach[1] - center[1], center[0], reach[0] - center[0])
+        self.padding_mode = "constant" if padding_mode == "zeros" else padding_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Shift.apply(x, self.kernel_size, 1)
+        if self.pad == self.crop and self.padding_mode == "constant":  # what pads is cut off again
+            return _Shift.apply(x, self.kernel_size, self.dilation)
+        x = F.pad(x, self.pad, self.padding_mode)
+        return F.pad(_Shift.apply(x, self.kernel_size, self.dilation), [-side for side in self.crop])
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
@@ -81,50 +111,61 @@ class Shift2d(nn.Module):
 class CheapConv2d(nn.Module):
     """A k x k convolution in two cheap stages: `.spatial` (in -> in, k x k), then `.pointwise` (in -> out, 1 x 1).
 
-    The stride sits on the pointwise stage; nothing stands between the two, and neither has a bias.
-    (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)).
+    The stride and the bias, if there is to be one, sit on the pointwise stage; nothing stands between the two.
+    (B, in, H, W) -> (B, out, H', W'), where H' and W' are those of nn.Conv2d with the same arguments: by default
+    ceil(H / stride) and ceil(W / stride).
 
     Args:
         kind: "depthwise" (one k x k filter a channel), "group" (`groups` groups) or "shift" (no weights).
         groups: of the spatial stage, for "group" alone.
+        padding: k // 2 by default.
 
     Raises:
-        UserError (a ValueError): an unknown kind, `groups` that does not divide in_channels, an even kernel.
+        UserError (a ValueError): an unknown kind, `groups` that does not divide in_channels, an even kernel without a
+            padding.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
+        kernel_size: int | Pair = 3,
+        stride: int | Pair = 1,
         kind: str = "depthwise",
         groups: int = 4,
+        *,
+        padding: Padding | None = None,
+        dilation: int | Pair = 1,
+        padding_mode: str = "zeros",
+        bias: bool = False,
     ):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"unknown convolution '{kind}': choose from {', '.join(KINDS)}")
-        if kernel_size % 2 == 0:
-            raise UserError(f"a cheap convolution needs an odd kernel size, not {kernel_size}")
         if kind == "group" and (groups < 1 or in_channels % groups):
             raise UserError(
                 f"groups = {groups} does not divide the {in_channels} channels of a convolution: use a divisor"
             )
-        self.kernel_size = kernel_size
+        kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        if padding is None:
+            padding = _keeping_size(kernel_size, dilation)
+        window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         if kind == "shift":
-            self.spatial = Shift2d(in_channels, kernel_size)
+            self.spatial = Shift2d(in_channels, kernel_size, **window)
         else:
             groups = groups if kind == "group" else in_channels
-            self.spatial = standard_conv(in_channels, in_channels, kernel_size, groups=groups)
-        self.pointwise = standard_conv(in_channels, out_channels, kernel_size=1, stride=stride)
+            self.spatial = nn.Conv2d(in_channels, in_channels, kernel_size, groups=groups, bias=False, **window)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+        square = kernel_size == (3, 3) and stride[0] == stride[1]
+        self.is_plain = (
+            square and window == {"padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"} and not bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.spatial(x))
 
     def depthwise_filters(self) -> Tensor | None:
-        """The spatial stage as 3 x 3 filters, (in, 1, 3, 3), one a channel; None if it is not made of those."""
-        if self.kernel_size != 3:
-            return None
+        """The spatial stage of a plain one as 3 x 3 filters, (in, 1, 3, 3), one a channel; None for groups."""
         if isinstance(self.spatial, Shift2d):
             return _shift_filters(self.spatial.channels)
         return self.spatial.weight if self.spatial.groups == self.spatial.in_channels else None
@@ -134,12 +175,23 @@ class CheapConv2d(nn.Module):
 
         Not for a shift, which has no weights to take part.
         """
-        spatial, groups, size = self.spatial.weight.float(), self.spatial.groups, self.kernel_size
+        spatial, groups = self.spatial.weight.float(), self.spatial.groups
         out_channels, in_channels = self.pointwise.weight.shape[:2]
         mixing = self.pointwise.weight.reshape(out_channels, groups, -1)
         with torch.autocast(spatial.device.type, enabled=False):
             dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, in_channels // groups, -1))
-        return dense.reshape(out_channels, in_channels, size, size)
+        return dense.reshape(out_channels, in_channels, *spatial.shape[2:])
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _keeping_size(kernel_size: Pair, dilation: Pair) -> Pair:
+    """The padding with which an odd kernel keeps the size of a map."""
+    if not all(size % 2 for size in kernel_size):
+        raise UserError(f"kernel size {kernel_size} has no center: use an odd kernel size, or give a padding")
+    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
 
 
 @functools.cache
@@ -148,7 +200,7 @@ def _shift_filters(channels: int) -> Tensor:
     with torch.inference_mode(False):  # training may use what evaluation was the first to ask for
         center = torch.zeros(1, channels, 3, 3)
         center[..., 1, 1] = 1
-        return _shift(center, kernel_size=3, sign=-1).view(channels, 1, 3, 3)
+        return _shift(center, kernel_size=(3, 3), step=(-1, -1)).view(channels, 1, 3, 3)
 
 
 def standard_conv(
@@ -171,10 +223,21 @@ def cheap_convs(count: int, kind: str, groups: int, pruned_num: int | None) -> l
     Raises:
         UserError (a ValueError): pruned_num outside 0 .. count.
     """
-    pruned_num = count if pruned_num is None else pruned_num
+    pruned_num = number_to_prune(count, pruned_num)
+    return [standard_conv] * (count - pruned_num) + [partial(CheapConv2d, kind=kind, groups=groups)] * pruned_num
+
+
+def number_to_prune(count: int, pruned_num: int | None) -> int:
+    """How many of `count` replaceable convolutions to replace, for a pruned_num that may be None: all.
+
+    Raises:
+        UserError (a ValueError): pruned_num outside 0 .. count.
+    """
+    if pruned_num is None:
+        return count
     if not 0 <= pruned_num <= count:
         raise UserError(f"pruned_num = {pruned_num} is out of range: this network has {count} replaceable convolutions")
-    return [standard_conv] * (count - pruned_num) + [partial(CheapConv2d, kind=kind, groups=groups)] * pruned_num
+    return pruned_num
 
 
 def count_cheap(network: nn.Module) -> int:

@@ -68,7 +68,7 @@ def conv_norm_relu_and_input(
     conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
-    if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d):
+    if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d) and conv.is_plain:
         filters, pointwise, dtype = conv.depthwise_filters(), conv.pointwise, _compute_dtype(x)
         if filters is not None and len(pointwise.weight) % _LANES == 0:
             x = x.to(dtype)
@@ -76,7 +76,7 @@ def conv_norm_relu_and_input(
                 _count_batch(norm)
                 weights = filters.contiguous(), pointwise.weight.contiguous(), norm.weight, norm.bias
                 return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))
-        elif filters is None and conv.kernel_size == 3 and pointwise.in_channels <= _dense_up_to(dtype):
+        elif filters is None and pointwise.in_channels <= _dense_up_to(dtype):
             y = F.conv2d(x, conv.dense_weight(), stride=pointwise.stride, padding=1)
             return norm_relu(norm, y, residual), x
     return norm_relu(norm, conv(x), residual), x

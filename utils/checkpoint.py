@@ -5,6 +5,7 @@ An exported network is one network alone. Both carry the same `meta`, which says
 was trained on, so that a file needs nothing beside it. Plain dictionaries of tensors, numbers and strings.
 """
 
+import argparse
 import io
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model import build
+from model.external import is_file
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -44,7 +46,8 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
-        with warnings.catch_warnings():
+        # A Namespace, the flags that training scripts keep beside the weights, is as harmless as a dictionary.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: what matters of them is in the error
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
@@ -59,15 +62,20 @@ def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
     save(path, {"kind": NETWORK, "state_dict": weights, "meta": meta})
 
 
-def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """An exported network, in eval mode on the CPU, and its metadata.
 
-    The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes`, `classes`, `input_size` (C, H, W),
-    `mean` and `std` of the normalization (of pixels in 0 .. 1), `accuracy` (top-1 in %), `networks` (accuracy and cost
-    of every network of the run), the run's `config`, and, of a refined student, the configs before it in `history`.
+    The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes` and `build` (further keyword arguments
+    of `model.build`); `classes`, `input_size` (C, H, W), `mean` and `std` of the normalization (of pixels in 0 .. 1);
+    `accuracy` (top-1 in %), `networks` (accuracy and cost of every network of the run), the run's `config`, and, of a
+    refined student, the configs before it in `history`.
+
+    Args:
+        arch: the Python file that builds the network, for one that a Python file built: no code runs that only the
+            loaded file names.
 
     Raises:
-        UserError (a ValueError): the file is missing, damaged, or no exported network.
+        UserError (a ValueError): the file is missing, damaged, or no exported network; arch is missing.
     """
     path = Path(path)
     content = load(path)
@@ -75,10 +83,10 @@ def load_student(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path} is a training checkpoint, not an exported network: leave out --pruned")
     if kind_of(content) != NETWORK:
         raise UserError(f"{path} is not a network that main.py or finetune.py exported")
-    return _restore(path, content["state_dict"], content["meta"])
+    return _restore(path, content["state_dict"], content["meta"], arch)
 
 
-def best_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The student of a training checkpoint that was best on the validation set, as `load_student` gives it.
 
     Raises:
@@ -87,7 +95,7 @@ def best_student(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     content = load_checkpoint(path)
     prefix = f"students.{best_of(content['scores'])}."
     weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
-    return _restore(path, weights, content["meta"])
+    return _restore(path, weights, content["meta"], arch)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -145,10 +153,16 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
     network.load_state_dict(weights)
 
 
-def _restore(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _restore(
+    path: Path, weights: dict[str, Tensor], meta: dict[str, Any], arch: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if is_file(str(meta["arch"])):
+        if not is_file(arch):
+            raise UserError(f"{path} needs the code that built its network: give --arch {meta['arch']}")
+        meta = meta | {"arch": arch}
     try:
-        specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num")}
-        network = build(meta["model"], **specification)
+        specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
+        network = build(meta["model"], **specification, **meta.get("build", {}))
     except (KeyError, TypeError, RuntimeError, UserError) as error:
         raise UserError(f"{path} does not say how to build its network: {error}") from error
     load_weights(network, weights, f"{path} as {meta['model']}")

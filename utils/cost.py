@@ -8,8 +8,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from utils.errors import UserError
 
 
 class Cost(NamedTuple):
@@ -24,10 +26,30 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
 
     Computes nothing and leaves the model as it is.
     """
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, *input_size[-3:], device="meta"))
+    with FlopCounterMode(display=False) as counter:
+        _forward(model, input_size)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_classes: int) -> None:
+    """Raise a UserError unless `model` takes images of `input_size` (C, H, W) and gives num_classes logits of each."""
+    try:
+        logits = _forward(model, input_size)
+    except Exception as error:  # the network may be anybody's
+        size = " x ".join(map(str, input_size[1:]))
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{name} does not take images of {size}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        given = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{name} gives {given} for an image, not the logits of {num_classes} classes")
+
+
+def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
+    """What `model` returns for one image, in shape alone; in channels_last, as in training."""
+    shadow = copy.deepcopy(model).to("meta", memory_format=torch.channels_last).eval()
+    image = torch.empty(1, *input_size[-3:], device="meta").to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return shadow(image)
 
 
 def latency(

@@ -138,9 +138,9 @@ class Job:
 
 def export_name(config: dict[str, Any]) -> str:
     """File name of the network that a run exports."""
-    return (
-        f"{config['teacher_model']}.pt" if config["pretrain"] else f"{config['arch']}_pruned_{config['pruned_num']}.pt"
-    )
+    if config["pretrain"]:
+        return f"{config['teacher_model']}.pt"
+    return f"{Path(config['arch']).stem}_pruned_{config['pruned_num']}.pt"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from utils import normalization
 from utils.errors import UserError, exit_with
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
-RUN_CONTROL = ("resume", "reset", "test_only")
+RUN_CONTROL = ("resume", "reset", "test_only", "force")
 RESUME_LAST = "last"  # what a bare --resume stands for
 
 
@@ -42,6 +43,17 @@ def _path(text: str) -> Path:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"must be valid UTF-8, not {text!a}") from None
     return Path(text)
+
+
+def _normalization(text: str) -> str:
+    try:
+        normalization.parse(text)
+    except ValueError:
+        known = ", ".join(normalization.NORMALIZATIONS)
+        raise argparse.ArgumentTypeError(
+            f"must be {known} or three means and three deviations as in 0.5,0.5,0.5/0.5,0.5,0.5, not '{text}'"
+        ) from None
+    return text
 
 
 _positive_int = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0")
@@ -82,8 +94,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("networks")
     add = group.add_argument
-    add("--arch", help="architecture, a file of model/ (default: resnet)")
-    add("--teacher_model", metavar="NAME", help="the standard network (default: resnet_56)")
+    add("--arch", help="a file of model/, torchvision, timm, or a Python file (default: the one that has the network)")
+    add(
+        "--teacher_model",
+        metavar="NAME",
+        help="the standard network; of a Python file, the function that builds it (default: resnet_56)",
+    )
     add("--student_model", metavar="NAME", help="the student (default: the standard network's name with _sparse)")
     add("--conv", choices=("depthwise", "group", "shift"), help="cheap convolution (default: depthwise)")
     add("--groups", type=_positive_int, help="groups of each group convolution (default: 4)")
@@ -93,6 +109,14 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("distillation")
     add = group.add_argument
     add("--teacher_dir", type=_path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
+    add(
+        "--teacher_norm",
+        type=_normalization,
+        metavar="NORM",
+        help="normalization the pretrained teacher was trained with: cifar, cifar100, imagenet, none, or "
+        "mean,mean,mean/std,std,std (default: as its file or its origin tells, or else the students')",
+    )
+    add("--force", action="store_true", help="train with a pretrained teacher that does no better than guessing")
     add("--lambda", dest="lam", type=_weight, metavar="WEIGHT", help="weight of the online, mutual term (default: 0.8)")
     add(
         "--miu",
@@ -199,8 +223,8 @@ def _check_main(args: argparse.Namespace) -> None:
     if args.pretrain:
         students = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir", "lam", "miu")
         _refuse(args, students, "--pretrain trains the standard network alone: leave out {flag}")
-    args.arch = args.arch or "resnet"
-    args.teacher_model = args.teacher_model or "resnet_56"
+    if args.teacher_model is None:
+        args.arch, args.teacher_model = args.arch or "resnet", "resnet_56"
     args.dataset = args.dataset or "cifar10"
     args.val_size = 0.1 if args.val_size is None else args.val_size
     if args.pretrain:
@@ -239,6 +263,8 @@ def _check_common(args: argparse.Namespace) -> None:
         raise UserError("--test_only writes nothing: leave out --reset")
     if args.miu and not args.teacher_dir:
         raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
+    if not args.teacher_dir:
+        _refuse(args, ("teacher_norm", "force"), "{flag} is about a pretrained teacher: give --teacher_dir, too")
     if args.miu is None:
         args.miu = 1.0 if args.teacher_dir else 0.0
     if args.scheduler == "cosine":
@@ -261,4 +287,6 @@ def configuration(args: argparse.Namespace) -> dict:
     values["lambda"] = values.pop("lam")
     if values["data_dir"]:
         values["data_dir"] = values["data_dir"].resolve()  # for finetune.py, which may run in another folder
+    if str(values["arch"]).endswith(".py"):
+        values["arch"] = Path(values["arch"]).resolve()
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

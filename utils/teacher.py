@@ -1,47 +1,152 @@
 """The pretrained teacher: a standard network from a file of this program or from a public checkpoint."""
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import build, from_public
-from utils.checkpoint import CHECKPOINT, NETWORK, kind_of, load, load_weights
+from data.loader import Batches
+from data.sources import DataSet
+from model import architecture_of, build, external, from_public, variant_for
+from utils.checkpoint import CHECKPOINT, NETWORK, kind_of, load, load_student, load_weights
+from utils.cost import check_fits
+from utils.engine import top1
 from utils.errors import UserError
+from utils.normalization import NORMALIZATIONS, Normalization, parse
 
-# Where public training scripts keep the state dict, and what DataParallel puts before its keys.
+# Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.
 WRAPPERS = ("state_dict", "model", "net")
-PREFIX = "module."
+SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
+PREFIXES = ("module.", "_orig_mod.")
 
 
-def load_teacher(path: Path, name: str, num_classes: int, device: torch.device) -> nn.Module:
+class Renormalized(nn.Module):
+    """A network that was trained with another normalization than its images come with: (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, network: nn.Module, given: Normalization, wanted: Normalization):
+        super().__init__()
+        self.network = network
+        (mean, std), (wanted_mean, wanted_std) = (torch.tensor(norm)[..., None, None] for norm in (given, wanted))
+        self.register_buffer("scale", std / wanted_std)
+        self.register_buffer("bias", (mean - wanted_mean) / wanted_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x * self.scale + self.bias)
+
+
+def pretrained_teacher(args: argparse.Namespace, dataset: DataSet, device: torch.device) -> nn.Module | None:
+    """The pretrained teacher that the flags ask for, for images that are normalized as the data set's are.
+
+    Raises:
+        UserError: as `load_teacher`; it does not take such images.
+    """
+    if not args.teacher_dir:
+        return None
+    variant = variant_for(args.arch, args.teacher_model, dataset.input_size)
+    num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
+    teacher = load_teacher(
+        args.teacher_dir, args.teacher_model, num_classes, device, args.arch, variant, given, args.teacher_norm
+    )
+    check_fits(teacher, args.teacher_model, dataset.input_size, num_classes)
+    return teacher
+
+
+def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force: bool) -> float:
+    """The teacher's top-1 accuracy in % on the validation images, of which these are the targets.
+
+    Raises:
+        UserError: it is hardly better than always answering the most frequent class, and not to be used by force.
+    """
+    accuracy, chance = top1(teacher, val), 100 * np.bincount(targets).max() / len(targets)
+    if accuracy < chance + 0.05 * (100 - chance) and not force:
+        raise UserError(
+            f"the pretrained teacher has {accuracy:.2f} % right on the validation set, where guessing has {chance:.2f}"
+            " %: its classes may be in another order, it may have been trained on other data, or with another "
+            "normalization (--teacher_norm); --force trains with it all the same"
+        )
+    return accuracy
+
+
+def load_teacher(
+    path: Path,
+    name: str,
+    num_classes: int,
+    device: torch.device,
+    arch: str | None = None,
+    variant: dict[str, Any] | None = None,
+    given: Normalization | None = None,
+    norm: str | None = None,
+) -> nn.Module:
     """The standard network `name` with the weights of `path`, frozen and in eval mode.
 
     Takes a network exported by `main.py --pretrain`, or a state dict as public projects save it: bare or wrapped, with
-    or without `module.`, under the names that its architecture's file knows. Only `num_batches_tracked` may be missing.
+    or without `module.`, under the names that its architecture knows. Only `num_batches_tracked` may be missing.
 
     Args:
         path: the file, or a folder that holds it: `[name].pt`, or else its only checkpoint.
+        arch: as --arch; by default the one that has `name`.
+        variant: keyword arguments of `model.build`, where the file does not tell.
+        given: normalization of the images that it will see.
+        norm: normalization that it was trained with, as --teacher_norm; by default what the file tells, or else what
+            is known of the project that it comes from, or else `given`.
 
     Raises:
         UserError: nothing there, no checkpoint, or one of another architecture, width or class count.
     """
+    arch = arch or architecture_of(name)
     file = find_file(path, name)
-    content = load(file)
+    content = _read(file)
     if kind_of(content) == CHECKPOINT:
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
     if kind_of(content) == NETWORK:
-        if content["meta"].get("model") != name:
-            raise UserError(f"{file} holds a {content['meta'].get('model')}, but --teacher_model is {name}")
-        weights, variant = content["state_dict"], {}
+        meta = content["meta"]
+        if meta["model"] != name:
+            raise UserError(f"{file} holds a {meta['model']}, but --teacher_model is {name}")
+        if meta["num_classes"] != num_classes:
+            raise UserError(f"{file} knows {meta['num_classes']} classes, the data has {num_classes}")
+        network, _ = load_student(file, arch)
+        wanted = meta["mean"], meta["std"]
     else:
-        weights, variant = from_public(name, _state_dict(content, file))
-    network = build(name, num_classes, **variant)
-    untracked = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
-    load_weights(network, untracked | weights, f"{file} as {name} with {num_classes} classes")
+        published = _state_dict(content, file)
+        weights, told = from_public(arch, published)
+        variant = (variant or {}) | told
+        network = build(name, num_classes, arch=arch, **variant)
+        untracked = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
+        load_weights(network, untracked | weights, f"{file} as {name} with {num_classes} classes")
+        wanted = _published_normalization(content, published, arch, name, variant)
+    wanted = parse(norm) if norm else wanted
+    if given and wanted and not np.allclose(given, wanted):
+        network = Renormalized(network, given, wanted)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _published_normalization(
+    content: dict[str, Any], weights: dict[str, Tensor], arch: str, name: str, variant: dict[str, Any]
+) -> Normalization | None:
+    """What the project that a public checkpoint comes from normalizes by, as far as its layout and its site tell.
+
+    akamaster/pytorch_resnet_cifar10, weiaicunzai/pytorch-cifar100, kuangliu/pytorch-cifar, ShaohuiLin/GAL; the
+    libraries' networks, and ResNets with ImageNet's stem.
+    """
+    if external.is_external(arch):
+        return external.normalization(arch, name)
+    if any("residual_function" in key for key in weights):  # weiaicunzai
+        return NORMALIZATIONS["cifar100"]
+    if "net" in content:  # kuangliu
+        return NORMALIZATIONS["cifar"]
+    if variant.get("stem") == "imagenet":
+        return NORMALIZATIONS["imagenet"]
+    if "state_dict" in content:
+        if arch == "resnet" and "linear.weight" in weights:  # akamaster
+            return NORMALIZATIONS["imagenet"]
+        of_gal = {"features.conv0.weight", "dense1.0.conv1.weight"} & weights.keys()
+        if of_gal or variant.get("shortcut") == "A":
+            return NORMALIZATIONS["cifar"]
+    return None
 
 
 def find_file(path: Path, name: str) -> Path:
@@ -56,9 +161,9 @@ def find_file(path: Path, name: str) -> Path:
         return path
     if (path / f"{name}.pt").is_file():
         return path / f"{name}.pt"
-    found = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth", ".th") and file.is_file())
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
-        raise UserError(f"--teacher_dir {path} holds no checkpoint (.pt, .pth or .th): name the file itself")
+        raise UserError(f"--teacher_dir {path} holds no checkpoint ({_listed(SUFFIXES)}): name the file itself")
     if len(found) > 1:
         raise UserError(f"--teacher_dir {path} holds {_listed(file.name for file in found)}: name one of them")
     return found[0]
@@ -73,7 +178,28 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
     if not tensors or not all(isinstance(key, str) for key in content):
         raise UserError(f"{file} holds no state dict, neither bare nor under {_listed(WRAPPERS)}")
-    return {key.removeprefix(PREFIX): value for key, value in content.items()}
+    return {_without_prefixes(key): value for key, value in content.items()}
+
+
+def _without_prefixes(key: str) -> str:
+    while key.startswith(PREFIXES):
+        key = key.partition(".")[2]
+    return key
+
+
+def _read(file: Path) -> Any:
+    if file.suffix != ".safetensors":
+        return load(file)
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f"{file} needs the package safetensors, which is not installed: pip install safetensors"
+        ) from error
+    try:
+        return load_file(file)
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{file} cannot be read as safetensors: it is damaged or cut off") from error
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,0 +1,24 @@
+"""Mean and std of the channels, of pixels in 0 .. 1, by which images are normalized."""
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+
+NORMALIZATIONS: dict[str, Normalization] = {
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the recipe of the released code
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),  # weiaicunzai/pytorch-cifar100
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def parse(text: str) -> Normalization:
+    """One of NORMALIZATIONS by name, or "mean,mean,mean/std,std,std".
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    mean, std = (tuple(map(float, part.split(","))) for part in text.split("/"))
+    if len(mean) != 3 or len(std) != 3 or not all(-1e3 < x < 1e3 for x in mean) or not all(1e-3 < x < 1e3 for x in std):
+        raise ValueError("not three means and three positive standard deviations")
+    return mean, std
