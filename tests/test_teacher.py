@@ -1,0 +1,165 @@
+"""The pretrained teacher sees images as it was trained to, and must know better than guessing."""
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from data.loader import Batches
+from data.sources import Split
+from model import external
+from tests.helpers import fail, succeed
+from utils import checkpoint
+from utils.normalization import NORMALIZATIONS
+from utils.teacher import check_accuracy, load_teacher
+
+CPU = torch.device("cpu")
+CIFAR, CIFAR100, IMAGENET = (NORMALIZATIONS[name] for name in ("cifar", "cifar100", "imagenet"))
+GIVEN = ((0.3, 0.4, 0.5), (0.1, 0.2, 0.3))
+
+
+def normalized(pixels, normalization):
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalization)
+    return (pixels - mean) / std
+
+
+def akamaster(weights):
+    names = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in weights.items()}
+    return {"state_dict": {key: value for key, value in names.items() if "num_batches_tracked" not in key}}
+
+
+LAYOUTS = {
+    "akamaster": ({"shortcut": "A"}, akamaster, IMAGENET),
+    "GAL": ({"shortcut": "A"}, lambda w: {"state_dict": w}, CIFAR),
+    "kuangliu": ({}, lambda w: {"net": w, "acc": 90.0, "epoch": 3}, CIFAR),
+    "chenyaofo": ({}, lambda w: {key.replace("shortcut", "downsample"): value for key, value in w.items()}, GIVEN),
+    "RepDistiller": ({}, lambda w: {"model": w}, GIVEN),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_public_teachers_see_the_normalization_of_their_project(tmp_path, layout):
+    """The network alone, on pixels normalized as the project does, against the teacher on a data set's images."""
+    variant, pack, expected = LAYOUTS[layout]
+    network = model.build("resnet_20", **variant).eval()
+    torch.save(pack(network.state_dict()), tmp_path / "teacher.pt")
+    teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN)
+    pixels = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
+
+
+def test_teacher_norm_overrules_what_is_known(tmp_path):
+    network = model.build("resnet_20", shortcut="A").eval()
+    torch.save(akamaster(network.state_dict()), tmp_path / "teacher.pt")
+    pixels = torch.rand(2, 3, 16, 16)
+    for norm, expected in {
+        "cifar100": CIFAR100,
+        "none": ((0, 0, 0), (1, 1, 1)),
+        "0.1,0.2,0.3/1,2,4": ((0.1, 0.2, 0.3), (1, 2, 4)),
+    }.items():
+        teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN, norm=norm)
+        torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
+
+
+def test_exported_teacher_says_how_it_was_trained(tmp_path):
+    network = model.build("resnet_20").eval()
+    meta = {
+        "arch": "resnet", "model": "resnet_20", "conv": None, "groups": None, "pruned_num": 0, "num_classes": 10,
+        "classes": [], "input_size": [3, 16, 16], "mean": [0.1, 0.1, 0.1], "std": [0.5, 0.5, 0.5], "config": {},
+    }  # fmt: skip
+    checkpoint.export(tmp_path / "resnet_20.pt", network, meta)
+    teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)
+    pixels = torch.rand(2, 3, 16, 16)
+    expected = network(normalized(pixels, (meta["mean"], meta["std"])))
+    torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), expected)
+    with pytest.raises(ValueError, match="knows 10 classes, the data has 3"):
+        load_teacher(tmp_path, "resnet_20", 3, CPU)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "expected"),
+    [
+        ("torchvision", "resnet18", IMAGENET),
+        ("torchvision", "googlenet", ((0.5,) * 3, (0.5,) * 3)),
+        ("timm", "resnet18", IMAGENET),
+        ("timm", "tf_efficientnet_b0.ap_in1k", ((0.5,) * 3, (0.5,) * 3)),
+    ],
+)
+def test_libraries_state_the_normalization_of_their_weights(arch, name, expected):
+    assert external.normalization(arch, name) == expected
+
+
+def test_library_weights_load_as_their_files_are(tmp_path):
+    """With the auxiliary classifiers of torchvision's GoogLeNet, and the old names of its DenseNets."""
+    import torchvision
+
+    network = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False).eval()
+    torch.save(network.state_dict(), tmp_path / "googlenet.pth")
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(load_teacher(tmp_path, "googlenet", 10, CPU, "torchvision")(x), network(x))
+
+    network = torchvision.models.densenet121(num_classes=10).eval()
+    old = {
+        key.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for key, v in network.state_dict().items()
+    }
+    assert old.keys() != network.state_dict().keys()
+    torch.save(old, tmp_path / "densenet.pth")
+    teacher = load_teacher(tmp_path / "densenet.pth", "densenet121", 10, CPU, "torchvision")
+    torch.testing.assert_close(teacher(x), network(x))
+
+
+def test_safetensors_load(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    network = timm.create_model("resnet10t", num_classes=10).eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(load_teacher(tmp_path, "resnet10t", 10, CPU, "timm")(x), network(x))
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_teacher(tmp_path, "resnet10t", 10, CPU, "timm")
+
+
+class Answers(torch.nn.Module):
+    """Says what is written in an image's first pixel, as a share of 255."""
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot((x[:, 0, 0, 0] * 255).round().long(), 10).float()
+
+
+@pytest.mark.parametrize(("right", "works"), [(100, True), (56, True), (52, False), (0, False)])
+def test_a_teacher_near_the_most_frequent_class_is_refused(right, works):
+    targets = np.repeat([0, 1], 50)
+    images = np.zeros((100, 2, 2, 3), np.uint8)
+    images[:, 0, 0, 0] = np.where(np.arange(100) < right, targets, 9)
+    val = Batches(Split(images, targets), 10, (0, 0, 0), (1, 1, 1), CPU)
+    if works:
+        assert check_accuracy(Answers(), val, targets, force=False) == right
+    else:
+        with pytest.raises(ValueError, match=f"{right}.00 % right .* guessing has 50.00 %.*--force"):
+            check_accuracy(Answers(), val, targets, force=False)
+        assert check_accuracy(Answers(), val, targets, force=True) == right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["main.py", "finetune.py"])
+def test_a_teacher_that_guesses_stops_the_run_unless_forced(runs, tmp_path, script):
+    torch.save(model.build("resnet_20").state_dict(), tmp_path / "teacher.pt")
+    own = ("--teacher_model", "resnet_20", "--dataset", "digits") if script == "main.py" else runs.refine_flags
+    flags = (*own, "--teacher_dir", tmp_path / "teacher.pt", "--num_epochs", 1, "--job_dir", tmp_path / "job")
+    error = fail(script, *flags)
+    assert "guessing has" in error
+    assert "--force" in error
+    assert not (tmp_path / "job").exists()
+    assert "pretrained teacher: " in succeed(script, *flags, "--force")
+
+
+def test_a_namespace_beside_the_weights_is_no_danger(tmp_path):
+    import argparse
+
+    network = model.build("resnet_20").eval()
+    content = {"model": network.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save(content, tmp_path / "teacher.pth")
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(load_teacher(tmp_path, "resnet_20", 10, CPU)(x), network(x))
