@@ -23,6 +23,11 @@ def normalized(pixels, normalization):
     return (pixels - mean) / std
 
 
+def assert_same_answers(logits, expected):
+    """But for rounding, which 20 layers without trained statistics amplify."""
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
 def akamaster(weights):
     names = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in weights.items()}
     return {"state_dict": {key: value for key, value in names.items() if "num_batches_tracked" not in key}}
@@ -45,7 +50,7 @@ def test_public_teachers_see_the_normalization_of_their_project(tmp_path, layout
     torch.save(pack(network.state_dict()), tmp_path / "teacher.pt")
     teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN)
     pixels = torch.rand(2, 3, 16, 16)
-    torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
+    assert_same_answers(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
 
 
 def test_teacher_norm_overrules_what_is_known(tmp_path):
@@ -58,7 +63,7 @@ def test_teacher_norm_overrules_what_is_known(tmp_path):
         "0.1,0.2,0.3/1,2,4": ((0.1, 0.2, 0.3), (1, 2, 4)),
     }.items():
         teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN, norm=norm)
-        torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
+        assert_same_answers(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
 
 
 def test_exported_teacher_says_how_it_was_trained(tmp_path):
@@ -71,7 +76,7 @@ def test_exported_teacher_says_how_it_was_trained(tmp_path):
     teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)
     pixels = torch.rand(2, 3, 16, 16)
     expected = network(normalized(pixels, (meta["mean"], meta["std"])))
-    torch.testing.assert_close(teacher(normalized(pixels, GIVEN)), expected)
+    assert_same_answers(teacher(normalized(pixels, GIVEN)), expected)
     with pytest.raises(ValueError, match="knows 10 classes, the data has 3"):
         load_teacher(tmp_path, "resnet_20", 3, CPU)
 
