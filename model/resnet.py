@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
 from model.public import rename
+from utils.errors import UserError
 
 STEMS = ("cifar", "imagenet")
 SHORTCUTS = ("A", "B")
@@ -120,9 +121,9 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         if stem not in STEMS:
-            raise ValueError(f"unknown stem '{stem}': choose from {', '.join(STEMS)}")
+            raise UserError(f"unknown stem '{stem}': choose from {', '.join(STEMS)}")
         if shortcut not in SHORTCUTS:
-            raise ValueError(f"unknown shortcut '{shortcut}': choose from {', '.join(SHORTCUTS)}")
+            raise UserError(f"unknown shortcut '{shortcut}': choose from {', '.join(SHORTCUTS)}")
         large = stem == "imagenet"
         self.conv1 = standard_conv(3, width, kernel_size=7, stride=2) if large else standard_conv(3, width)
         self.bn1 = nn.BatchNorm2d(width)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.conv import ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import FusedSequential
 from model.public import fold_biases, rename
+from utils.errors import UserError
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = {"vgg_16_bn": (2, 2, 3, 3, 3), "vgg_19_bn": (2, 2, 4, 4, 4)}
@@ -42,7 +43,7 @@ class VGG(nn.Module):
     ):
         super().__init__()
         if classifier not in CLASSIFIERS:
-            raise ValueError(f"unknown classifier '{classifier}': choose from {', '.join(CLASSIFIERS)}")
+            raise UserError(f"unknown classifier '{classifier}': choose from {', '.join(CLASSIFIERS)}")
         plan = iter([standard_conv, *convs(sum(depths) - 1)])
         layers, in_channels = [], 3
         for depth, channels in zip(depths, WIDTHS, strict=True):

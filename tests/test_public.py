@@ -300,8 +300,9 @@ def test_a_whole_network_of_another_architecture_is_refused(tmp_path, name):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_bias_that_no_norm_follows_is_not_dropped(tmp_path):
+@pytest.mark.parametrize(("key", "size"), [("features.2.bias", 64), ("features.0.bias", 3)])
+def test_biases_that_belong_to_no_norm_are_not_dropped(tmp_path, key, size):
     weights = VGG(VGG_16, nn.Linear(512, 10)).state_dict()
-    torch.save(weights | {"features.2.bias": torch.ones(64)}, tmp_path / "teacher.pth")
-    with pytest.raises(ValueError, match=r"1 unexpected, first features\.2\.bias"):
+    torch.save(weights | {key: torch.ones(size)}, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=rf"1 unexpected, first {key}"):
         load_teacher(tmp_path / "teacher.pth", "vgg_16_bn", 10, CPU)
