@@ -82,6 +82,21 @@ def conv_norm_relu_and_input(
     return norm_relu(norm, conv(x), residual), x
 
 
+class FusedSequential(nn.Sequential):
+    """An nn.Sequential that runs whatever stands before a BatchNorm and a ReLU through `conv_norm_relu` with them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        while layers:
+            layer, *layers = layers
+            if [type(following) for following in layers[:2]] == [nn.BatchNorm2d, nn.ReLU]:
+                norm, _, *layers = layers
+                x = conv_norm_relu(layer, norm, x)
+            else:
+                x = layer(x)
+        return x
+
+
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the kernels can do it; without gradients they normalize by running statistics, too."""
     return (

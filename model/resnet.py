@@ -1,16 +1,19 @@
-"""CIFAR ResNets (He et al., arXiv 1512.03385, section 4.2): a 3 x 3 stem and three stages of 16, 32 and 64 channels."""
+"""ResNets (He et al., arXiv 1512.03385): the 6n + 2 layers of section 4.2 for CIFAR, and ResNet-18, 34 and 50."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
+from model.public import rename
+from utils.errors import UserError
 
+STEMS = ("cifar", "imagenet")
 SHORTCUTS = ("A", "B")
-WIDTHS = (16, 32, 64)
 
 
 class PaddingShortcut(nn.Module):
@@ -34,7 +37,9 @@ def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.
 class StandardBlock(nn.Module):
     """conv - BN - ReLU - conv - BN, plus the shortcut, then ReLU. The stride sits on the first convolution."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, conv1: Conv, conv2: Conv, shortcut: nn.Module):
+    replaceable, expansion = 2, 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: nn.Module, conv1: Conv, conv2: Conv):
         super().__init__()
         self.conv1 = conv1(in_channels, channels, stride=stride)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -50,7 +55,9 @@ class StandardBlock(nn.Module):
 class StudentBlock(nn.Module):
     """conv - BN - ReLU - conv - BN - ReLU, plus the shortcut, and no ReLU after. The stride sits on the second."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, conv1: Conv, conv2: Conv, shortcut: nn.Module):
+    replaceable, expansion = 2, 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: nn.Module, conv1: Conv, conv2: Conv):
         super().__init__()
         self.conv1 = conv1(in_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -63,33 +70,89 @@ class StudentBlock(nn.Module):
         return conv_norm_relu(self.conv2, self.bn2, out, residual=self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """ResNet of `6 * blocks + 2` layers for small images. (B, 3, H, W) -> (B, num_classes) logits.
+class BottleneckBlock(nn.Module):
+    """1 x 1 conv - BN - ReLU - 3 x 3 conv - BN - ReLU - 1 x 1 conv - BN, plus the shortcut, then ReLU.
 
-    Args:
-        blocks: residual blocks a stage.
-        convs: plan of the two convolutions of every block; a block with a cheap one takes the student form.
-        shortcut: "B" projects where the shape changes, "A" subsamples and pads with zeros.
+    The stride sits on the 3 x 3 convolution; the last one widens the block fourfold.
     """
 
-    def __init__(self, blocks: int, num_classes: int = 10, convs: ConvPlan = standard_convs, shortcut: str = "B"):
+    replaceable, expansion = 1, 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: nn.Module, conv2: Conv):
         super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = standard_conv(in_channels, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv2(channels, channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = standard_conv(channels, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = conv_norm_relu(self.conv1, self.bn1, x)
+        out = conv_norm_relu(self.conv2, self.bn2, out)
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A stem and stages of residual blocks, each half as large and twice as wide. (B, 3, H, W) -> (B, num_classes).
+
+    Args:
+        blocks: how many a stage has.
+        width: channels of the stem, and of the convolutions of the first stage.
+        block: class of the blocks.
+        cheap_block: class of those that hold a cheap convolution.
+        convs: plan of the 3 x 3 convolutions of all blocks.
+        stem: "cifar", one 3 x 3 convolution, or "imagenet", a 7 x 7 one of stride 2 and a max pool.
+        shortcut: where the shape changes, "B" projects, "A" subsamples and pads with zeros.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        width: int,
+        block: type[nn.Module],
+        cheap_block: type[nn.Module],
+        num_classes: int = 10,
+        convs: ConvPlan = standard_convs,
+        stem: str = "cifar",
+        shortcut: str = "B",
+    ):
+        super().__init__()
+        if stem not in STEMS:
+            raise UserError(f"unknown stem '{stem}': choose from {', '.join(STEMS)}")
         if shortcut not in SHORTCUTS:
-            raise ValueError(f"unknown shortcut '{shortcut}': choose from {', '.join(SHORTCUTS)}")
-        self.num_features = WIDTHS[-1]
-        self.conv1 = standard_conv(3, WIDTHS[0])
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
-        plan = iter(convs(2 * blocks * len(WIDTHS)))
-        self.layer1 = _make_layer(WIDTHS[0], WIDTHS[0], blocks, 1, plan, shortcut)
-        self.layer2 = _make_layer(WIDTHS[0], WIDTHS[1], blocks, 2, plan, shortcut)
-        self.layer3 = _make_layer(WIDTHS[1], WIDTHS[2], blocks, 2, plan, shortcut)
+            raise UserError(f"unknown shortcut '{shortcut}': choose from {', '.join(SHORTCUTS)}")
+        large = stem == "imagenet"
+        self.conv1 = standard_conv(3, width, kernel_size=7, stride=2) if large else standard_conv(3, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if large else nn.Identity()
+        self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
+        self.num_features = width
+        plan = iter(convs(block.replaceable * sum(blocks)))
+        for i, name in enumerate(self.stages):
+            stage = nn.Sequential()
+            for j in range(blocks[i]):
+                factories = list(islice(plan, block.replaceable))
+                form = block if all(conv is standard_conv for conv in factories) else cheap_block
+                channels, stride = width * 2**i, 2 if i > 0 and j == 0 else 1
+                skip = _shortcut(self.num_features, channels * form.expansion, stride, shortcut)
+                stage.append(form(self.num_features, channels, stride, skip, *factories))
+                self.num_features = channels * form.expansion
+            self.add_module(name, stage)
         self.fc = nn.Linear(self.num_features, num_classes)
         initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 4), ceil(W / 4))."""
-        x = conv_norm_relu(self.conv1, self.bn1, x)
-        return self.layer3(self.layer2(self.layer1(x)))
+        """(B, 3, H, W) -> the last feature map, (B, num_features, H', W').
+
+        A 4th as high and wide in CIFAR ResNets, in the others an 8th, or with the stem "imagenet" a 32nd, rounded up.
+        """
+        x = self.pool(conv_norm_relu(self.conv1, self.bn1, x))
+        for name in self.stages:
+            x = getattr(self, name)(x)
+        return x
 
     def forward_head(self, features: Tensor) -> Tensor:
         """(B, num_features, H, W) -> (B, num_classes) logits."""
@@ -99,33 +162,51 @@ class ResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _make_layer(
-    in_channels: int, channels: int, blocks: int, stride: int, plan: Iterator[Conv], shortcut: str
-) -> nn.Sequential:
-    """A stage: its first block changes the shape, the others keep it."""
-    first = _block(in_channels, channels, stride, next(plan), next(plan), shortcut)
-    return nn.Sequential(
-        first, *(_block(channels, channels, 1, next(plan), next(plan), shortcut) for _ in range(blocks - 1))
+def _shortcut(in_channels: int, out_channels: int, stride: int, option: str) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Sequential()
+    return (PaddingShortcut if option == "A" else projection_shortcut)(in_channels, out_channels, stride)
+
+
+# The student's own form of a block is that of arXiv 1909.13063, for these networks.
+CIFAR = {
+    f"resnet_{depth}": partial(ResNet, [(depth - 2) // 6] * 3, 16, StandardBlock, StudentBlock)
+    for depth in (20, 32, 44, 56, 110)
+}
+IMAGENET = {
+    f"resnet_{depth}": partial(ResNet, blocks, 64, block, block, stem="imagenet")
+    for depth, blocks, block in (
+        (18, (2, 2, 2, 2), StandardBlock),
+        (34, (3, 4, 6, 3), StandardBlock),
+        (50, (3, 4, 6, 3), BottleneckBlock),
     )
+}
+NETWORKS = CIFAR | IMAGENET
 
 
-def _block(in_channels: int, channels: int, stride: int, conv1: Conv, conv2: Conv, shortcut: str) -> nn.Module:
-    if stride == 1 and in_channels == channels:
-        skip = nn.Sequential()
-    elif shortcut == "A":
-        skip = PaddingShortcut(in_channels, channels, stride)
-    else:
-        skip = projection_shortcut(in_channels, channels, stride)
-    block = StandardBlock if conv1 is conv2 is standard_conv else StudentBlock
-    return block(in_channels, channels, stride, conv1, conv2, skip)
+def variant_for(name: str, input_size: tuple[int, int, int]) -> dict[str, str]:
+    """The keywords of `build` that suit the network `name` to images of `input_size` (C, H, W)."""
+    if name not in IMAGENET:
+        return {}
+    return {"stem": "cifar" if min(input_size[1:]) < 64 else "imagenet"}
+
+
+# What torchvision, timm, akamaster, kuangliu and weiaicunzai call differently.
+PUBLIC_NAMES = {
+    r"^linear\.": "fc.",
+    r"\.downsample\.": ".shortcut.",
+    r"^conv1\.0\.": "conv1.",
+    r"^conv1\.1\.": "bn1.",
+    **{rf"^conv{stage + 1}_x\.": f"layer{stage}." for stage in (1, 2, 3, 4)},
+    **{rf"\.residual_function\.{3 * i}\.": f".conv{i + 1}." for i in (0, 1, 2)},
+    **{rf"\.residual_function\.{3 * i + 1}\.": f".bn{i + 1}." for i in (0, 1, 2)},
+}
 
 
 def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Public CIFAR ResNets call the classifier `linear` or `fc` and a projection `downsample` or `shortcut`."""
-    names = {"linear": "fc", "downsample": "shortcut"}
-    weights = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in weights.items()}
+    """ResNets of chenyaofo, akamaster, GAL, RepDistiller, kuangliu, weiaicunzai, torchvision and timm."""
+    weights = rename(weights, PUBLIC_NAMES)
     # Shortcuts without weights are those of option A.
-    return weights, {"shortcut": "B" if any(".shortcut." in key for key in weights) else "A"}
-
-
-NETWORKS = {f"resnet_{depth}": partial(ResNet, (depth - 2) // 6) for depth in (20, 32, 44, 56, 110)}
+    shortcut = "B" if any(".shortcut." in key for key in weights) else "A"
+    stem = "imagenet" if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (7, 7) else "cifar"
+    return weights, {"shortcut": shortcut, "stem": stem}

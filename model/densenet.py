@@ -1,0 +1,80 @@
+"""DenseNet-40 for CIFAR (Huang et al., arXiv 1608.06993, section 3): growth rate 12, no bottlenecks, no compression."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
+from model.fused import norm_relu
+
+GROWTH = 12
+
+
+class DenseLayer(nn.Module):
+    """BN - ReLU - conv, and its output behind its input. (B, C, H, W) -> (B, C + GROWTH, H, W)."""
+
+    def __init__(self, in_channels: int, conv: Conv):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, GROWTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv1(norm_relu(self.bn1, x))], dim=1)
+
+
+class Transition(nn.Module):
+    """BN - ReLU - 1 x 1 conv - average pool. (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = standard_conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv1(norm_relu(self.bn1, x)), 2, ceil_mode=True)
+
+
+class DenseNet(nn.Module):
+    """DenseNet of `3 * layers + 4` layers for small images. (B, 3, H, W) -> (B, num_classes) logits.
+
+    Args:
+        layers: of each of the three dense blocks.
+        convs: plan of their 3 x 3 convolutions.
+    """
+
+    def __init__(self, layers: int, num_classes: int = 10, convs: ConvPlan = standard_convs):
+        super().__init__()
+        plan = convs(3 * layers)
+        channels = [2 * GROWTH + i * layers * GROWTH for i in range(4)]  # of the stem, and after each dense block
+        self.num_features = channels[-1]
+        self.conv1 = standard_conv(3, channels[0])
+        self.dense1 = _dense_block(channels[0], plan[:layers])
+        self.trans1 = Transition(channels[1])
+        self.dense2 = _dense_block(channels[1], plan[layers : 2 * layers])
+        self.trans2 = Transition(channels[2])
+        self.dense3 = _dense_block(channels[2], plan[2 * layers :])
+        self.bn = nn.BatchNorm2d(self.num_features)
+        self.fc = nn.Linear(self.num_features, num_classes)
+        initialize(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the last feature map, after BN and ReLU, (B, num_features, ceil(H / 4), ceil(W / 4))."""
+        x = self.trans1(self.dense1(self.conv1(x)))
+        x = self.dense3(self.trans2(self.dense2(x)))
+        return norm_relu(self.bn, x)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, num_features, H, W) -> (B, num_classes) logits."""
+        return self.fc(features.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _dense_block(in_channels: int, convs: list[Conv]) -> nn.Sequential:
+    return nn.Sequential(*(DenseLayer(in_channels + i * GROWTH, conv) for i, conv in enumerate(convs)))
+
+
+NETWORKS = {"densenet_40": partial(DenseNet, (40 - 4) // 3)}  # checkpoints of GAL are under these very keys

@@ -1,0 +1,102 @@
+"""VGG-16 and VGG-19 with BatchNorm (Simonyan and Zisserman, arXiv 1409.1556, table 1, D and E) as used on CIFAR."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from model.conv import ConvPlan, initialize, standard_conv, standard_convs
+from model.fused import FusedSequential
+from model.public import fold_biases, rename
+from utils.errors import UserError
+
+WIDTHS = (64, 128, 256, 512, 512)
+DEPTHS = {"vgg_16_bn": (2, 2, 3, 3, 3), "vgg_19_bn": (2, 2, 4, 4, 4)}
+CLASSIFIERS = ("linear", "mlp", "norm")
+
+
+class VGG(nn.Module):
+    """Five stages of 3 x 3 convolutions, each with BatchNorm and ReLU, a max pool after every stage.
+
+    (B, 3, H, W) -> (B, num_classes) logits.
+
+    Args:
+        depths: convolutions a stage.
+        convs: plan of the convolutions but the first, which sees the image.
+        classifier: "linear", one Linear layer; "mlp", two hidden layers with dropout before it; "norm", one with
+            BatchNorm, and an average over what the last max pool would have seen (GAL, arXiv 1903.09291).
+        hidden: units of the hidden layers.
+    """
+
+    num_features = WIDTHS[-1]
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        num_classes: int = 10,
+        convs: ConvPlan = standard_convs,
+        classifier: str = "linear",
+        hidden: int = 512,
+    ):
+        super().__init__()
+        if classifier not in CLASSIFIERS:
+            raise UserError(f"unknown classifier '{classifier}': choose from {', '.join(CLASSIFIERS)}")
+        plan = iter([standard_conv, *convs(sum(depths) - 1)])
+        layers, in_channels = [], 3
+        for depth, channels in zip(depths, WIDTHS, strict=True):
+            for _ in range(depth):
+                layers += [next(plan)(in_channels, channels), nn.BatchNorm2d(channels), nn.ReLU()]
+                in_channels = channels
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # a single pixel stays one: images of any size will do
+        self.features = FusedSequential(*(layers[:-1] if classifier == "norm" else layers))
+        self.classifier = _classifier(classifier, self.num_features, hidden, num_classes)
+        initialize(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 32), ceil(W / 32)); of 16ths for "norm"."""
+        return self.features(x)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, num_features, H, W) -> (B, num_classes) logits."""
+        return self.classifier(features.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _classifier(kind: str, in_features: int, hidden: int, num_classes: int) -> nn.Module:
+    last = nn.Linear(in_features if kind == "linear" else hidden, num_classes)
+    if kind == "mlp":
+        first = nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout()
+        return nn.Sequential(*first, nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(), last)
+    if kind == "norm":
+        first = {"linear1": nn.Linear(in_features, hidden), "norm1": nn.BatchNorm1d(hidden), "relu1": nn.ReLU()}
+        return nn.Sequential(OrderedDict(first, linear2=last))
+    return last
+
+
+NETWORKS = {name: partial(VGG, depths) for name, depths in DEPTHS.items()}
+
+
+def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """VGGs of chenyaofo ("mlp"), weiaicunzai ("mlp" of 4096 units), GAL ("norm") and kuangliu ("linear")."""
+    weights = fold_biases(rename(weights, _numbered(weights)))
+    for classifier, first in (("mlp", "classifier.0.bias"), ("norm", "classifier.linear1.bias")):
+        if first in weights:
+            return weights, {"classifier": classifier, "hidden": weights[first].numel()}
+    return weights, {}
+
+
+def _numbered(weights: dict[str, Tensor]) -> dict[str, str]:
+    """GAL's names of the feature layers, `conv{i}` and `norm{i}`, to their places in `features`."""
+    found = {int(match[1]) for key in weights if (match := re.match(r"features\.conv(\d+)\.", key))}
+    depths = next((depths for depths in DEPTHS.values() if sum(depths) == len(found)), ())
+    # Three layers a convolution, and the max pools of the stages before.
+    places = [3 * i + stage for i, stage in enumerate(s for s, depth in enumerate(depths) for _ in range(depth))]
+    names = {}
+    for i, place in zip(sorted(found), places, strict=False):
+        names |= {rf"^features\.conv{i}\.": f"features.{place}.", rf"^features\.norm{i}\.": f"features.{place + 1}."}
+    return names
