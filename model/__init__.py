@@ -105,7 +105,8 @@ def build(
         groups: of each group convolution.
         pruned_num: how many convolutions are cheap, counted from the output side; None for all.
         arch: "torchvision", "timm" or a Python file, whose network `name` is; otherwise it is one of `names()`.
-        kwargs: of the architecture, as in `shortcut="A"` for CIFAR ResNets; `variant_for` knows which.
+        kwargs: of the architecture: `stem` and `shortcut` of ResNets, `classifier` and `hidden` of VGGs, `input_size`
+            of the networks that `arch` names; `variant_for` knows which suit what images.
 
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.

@@ -146,7 +146,7 @@ def job_dir_that_is_a_file(path):
         (empty_folder, "holds no checkpoint"),
         (lambda path: teacher(path, "resnet_32"), "does not match"),
         (lambda path: teacher(path, num_classes=100), r"fc\.weight is \(100, 64\)"),
-        (lambda path: ("--arch", "vgg"), "unknown architecture 'vgg': try resnet"),
+        (lambda path: ("--arch", "resnext"), "unknown architecture 'resnext': try resnet"),
         (lambda path: ("--teacher_model", "resnet_21"), "unknown network 'resnet_21': try .*resnet_20"),
         (lambda path: ("--student_model", "resnet_20_spars"), "try resnet_20_sparse"),
         (lambda path: ("--teacher_model", "resnet_20_sparse"), "is a student: the teacher is the standard network"),

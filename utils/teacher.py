@@ -134,7 +134,7 @@ def _published_normalization(
     """
     if external.is_external(arch):
         return external.normalization(arch, name)
-    if any("residual_function" in key for key in weights):  # weiaicunzai
+    if any("residual_function" in key for key in weights) or variant.get("hidden") == 4096:  # weiaicunzai
         return NORMALIZATIONS["cifar100"]
     if "net" in content:  # kuangliu
         return NORMALIZATIONS["cifar"]
