@@ -42,9 +42,9 @@ def main(args: argparse.Namespace) -> None:
     resolve_networks(args)
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
+    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
     num_classes = len(dataset.classes)
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     teacher = load_teacher(args.teacher_dir, args.teacher_model, num_classes, device) if args.teacher_dir else None
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, num_classes), teacher, args, device, precision, execution)
