@@ -46,11 +46,11 @@ def main(args: argparse.Namespace) -> None:
     job = Job(args.job_dir, options.configuration(args))
     inputs = (args.refine, args.teacher_dir)
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers)
+    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
     dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device)
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     check_fits(student, str(args.refine), dataset.input_size, len(dataset.classes))
     teacher = pretrained_teacher(args, dataset, device)
     before = copy.deepcopy(student).to(device)
@@ -94,6 +94,7 @@ def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
     args.dataset = args.dataset or config["dataset"]
     if args.dataset == config["dataset"]:
         args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
+        args.image_size = args.image_size or config.get("image_size")
         if args.val_size not in (None, 0, config["val_size"]):
             raise UserError(
                 f"--val_size {args.val_size:g}, but {args.refine} was trained with {config['val_size']:g}: it would "

@@ -1,7 +1,7 @@
-"""Batches from images in memory: crops, flips and normalization happen on the device, on whole batches."""
+"""Batches of images in memory: crops, flips and normalization happen on the device, on whole batches."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,24 @@ from torch import Tensor
 
 from data.sources import DataSet, Split
 
+if TYPE_CHECKING:
+    from data.streaming import StreamedBatches
+
+
+class Normalization:
+    """(B, 3, H, W) uint8 images on the device -> float32 in channels_last, with mean 0 and std 1 of each channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.device = device
+        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self._scale, self._bias = (1 / (255 * std))[:, None, None], (-mean / std)[:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32, memory_format=torch.channels_last).mul_(self._scale).add_(self._bias)
+
 
 class Batches:
-    """Normalized batches of a split, in order: (B, 3, H, W) float32 in channels_last, and (B,) targets."""
+    """Normalized batches of a split in memory, in order: (B, 3, H, W) float32 in channels_last, and (B,) targets."""
 
     def __init__(
         self, split: Split, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
@@ -19,8 +34,7 @@ class Batches:
         self.images = torch.from_numpy(split.images).to(device)
         self.targets = torch.from_numpy(split.targets).to(device)
         self.batch_size = batch_size
-        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self._scale, self._bias = (1 / (255 * std))[:, None, None], (-mean / std)[:, None, None]
+        self.normalize = Normalization(mean, std, device)
 
     @property
     def num_images(self) -> int:
@@ -33,18 +47,14 @@ class Batches:
         for images, targets in zip(
             self.images.split(self.batch_size), self.targets.split(self.batch_size), strict=True
         ):
-            yield self._normalize(images), targets
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W) float32."""
-        return images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._bias)
+            yield self.normalize(images.permute(0, 3, 1, 2)), targets
 
 
 class AugmentedBatches(Batches):
     """Shuffled batches in which each image gets a random crop after zero padding and a random flip of its own.
 
     All randomness of an epoch is drawn at its start from (seed, epoch) alone, on the CPU: the same on every device,
-    and on a run that was resumed. A last batch of a single image is left out, for BatchNorm cannot train on it.
+    and on a run that was resumed. A last batch of a single image is left out.
 
     Args:
         padding: pixels on each side.
@@ -63,8 +73,7 @@ class AugmentedBatches(Batches):
 
     @property
     def num_images(self) -> int:
-        count = len(self.targets)
-        return count - 1 if count % self.batch_size == 1 else count
+        return without_a_single_last(len(self.targets), self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
@@ -77,7 +86,7 @@ class AugmentedBatches(Batches):
         columns = (corner[1] + torch.where(mirrored, columns.flip(0), columns)).to(device)
         for chosen in order.to(device).split(self.batch_size):
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
-            yield self._normalize(crops), self.targets[chosen]
+            yield self.normalize(crops.permute(0, 3, 1, 2)), self.targets[chosen]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -85,16 +94,25 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
+def without_a_single_last(count: int, batch_size: int) -> int:
+    """How many of `count` images to train on: BatchNorm cannot train on a last batch of a single image."""
+    return count - 1 if count % batch_size == 1 else count
+
+
 class Loaders(NamedTuple):
-    train: AugmentedBatches
-    val: Batches
-    test: Batches
+    train: "AugmentedBatches | StreamedBatches"
+    val: "Batches | StreamedBatches"
+    test: "Batches | StreamedBatches"
 
 
 def make_loaders(
-    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device
+    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> Loaders:
-    """The batches of the three splits."""
+    """The batches of the three splits; `workers` processes read them if they are not in memory."""
+    if dataset.image_size:
+        from data.streaming import stream  # takes a second, which images in memory need not pay
+
+        return Loaders(*stream(dataset, train_batch_size, eval_batch_size, seed, device, workers))
     statistics = (dataset.mean, dataset.std, device)
     train = AugmentedBatches(
         dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed

@@ -1,16 +1,16 @@
-"""Data sets that ship with the project or come from torchvision, as uint8 images in memory."""
+"""What a data set is, the one that ships with the project, and what all sources of data sets need."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from data.images import SkippedImages
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: (n, H, W, 3) uint8; targets: (n,) int64 class indices."""
+    """images: (n, H, W, 3) uint8, or (n,) the paths of their files as bytes; targets: (n,) int64 class indices."""
 
     images: np.ndarray
     targets: np.ndarray
@@ -29,8 +29,11 @@ class DataSet:
     Attributes:
         val: validation images; None while not split, unless the data set brings its own. With val_size 0 it is `test`.
         mean, std: of each channel, of pixels in 0 .. 1.
-        padding: pixels by which a random crop may move an image.
+        padding: pixels by which a random crop may move an image in memory.
         flip: an image and its mirror image are of the same class.
+        image_size: pixels on each side to which images are cropped that stream from their files; None: all of them are
+            in memory, as they are.
+        skipped: images that are damaged, and count as if they were not there.
     """
 
     name: str
@@ -42,10 +45,14 @@ class DataSet:
     padding: int
     flip: bool
     val: Split | None = None
+    image_size: int | None = None
+    skipped: SkippedImages = field(default_factory=SkippedImages)
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
+        if self.image_size:
+            return 3, self.image_size, self.image_size
         height, width, channels = self.train.images.shape[1:]
         return channels, height, width
 
@@ -60,30 +67,6 @@ def digits() -> DataSet:
     mean, std = channel_statistics(images[train].images)
     classes = [str(digit) for digit in range(10)]
     return DataSet("digits", classes, images[train], images[test], mean, std, padding=1, flip=False)
-
-
-# The mean and std of the released code's recipe for CIFAR-10, and those usual for CIFAR-100 (weiaicunzai).
-CIFAR_STATISTICS = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-
-def cifar(name: str, data_dir: Path) -> DataSet:
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into data_dir where it is not there yet."""
-    from torchvision import datasets  # takes a second, which the other data sets need not pay
-
-    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    try:
-        train, test = (dataset(data_dir, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{name} is not in {data_dir} and could not be downloaded ({error}): unpack its {dataset.filename} there, "
-            "name the right folder with --data_dir, or try --dataset digits, which needs no download"
-        ) from error
-    mean, std = CIFAR_STATISTICS[name]
-    splits = (Split(split.data, np.array(split.targets)) for split in (train, test))
-    return DataSet(name, train.classes, *splits, mean=mean, std=std, padding=4, flip=True)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

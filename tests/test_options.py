@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 
 import finetune
 import main
@@ -47,6 +46,7 @@ REFINE = ("--refine", "x.pt")
         ("main", ("--train_batch_size", "1"), "BatchNorm cannot train on a single image"),
         ("main", ("--eval_batch_size", "99999999999999999999"), "a whole number above 0"),
         ("main", ("--job_dir", "a\udcff"), "valid UTF-8"),
+        ("main", ("--image_size", "32.5"), "a whole number above 0"),
         ("main", ("--val_size", "1.5"), "a fraction below 1 or a whole number"),
         ("main", ("--miu", "1"), "needs a pretrained teacher: give --teacher_dir"),
         ("main", ("--groups", "4"), "--conv group"),
@@ -95,8 +95,8 @@ def test_student_follows_the_standard_network():
 def test_both_scripts_know_every_flag(script):
     flags = """--arch --teacher_model --student_model --teacher_dir --lambda --miu --job_dir --refine --pruned --lr
     --conv --groups --pruned_num --num_students --temperature --kl_reduction --dataset --data_dir --val_size
-    --num_epochs --train_batch_size --eval_batch_size --momentum --weight_decay --lr_decay_step --scheduler --resume
-    --reset --test_only --pretrain --seed --workers --device --precision --compile --print_freq"""
+    --image_size --num_epochs --train_batch_size --eval_batch_size --momentum --weight_decay --lr_decay_step
+    --scheduler --resume --reset --test_only --pretrain --seed --workers --device --precision --compile --print_freq"""
     known = {flag for action in options.build_parser(script)._actions for flag in action.option_strings}
     assert set(flags.split()) <= known
 
@@ -105,12 +105,6 @@ def folder_without_images(path):
     make_tree(path / "set")
     for image in (path / "set").rglob("*.png"):
         image.unlink()
-    return ("--dataset", "folder", "--data_dir", path / "set")
-
-
-def folder_of_mixed_sizes(path):
-    make_tree(path / "set")
-    Image.new("RGB", (3, 3)).save(path / "set" / "test" / "cat" / "x.png")
     return ("--dataset", "folder", "--data_dir", path / "set")
 
 
@@ -155,7 +149,10 @@ def job_dir_that_is_a_file(path):
         (lambda path: ("--dataset", "folder"), "needs --data_dir"),
         (lambda path: ("--dataset", "folder", "--data_dir", path / "nowhere"), "no folder train"),
         (folder_without_images, "no images"),
-        (folder_of_mixed_sizes, "differ in size"),
+        (lambda path: ("--image_size", 32), "digits has images of one size, leave it out"),
+        (lambda path: ("--dataset", "svhn", "--image_size", 32), "svhn has images of one size, leave it out"),
+        (lambda path: ("--dataset", "imagenet"), "needs --data_dir"),
+        (lambda path: ("--dataset", "imagenet", "--data_dir", path), "no folder train"),
         (folder_of_one_class, "at least 2 are needed"),
         (lambda path: ("--conv", "group", "--groups", 3), "does not divide the 16 channels"),
         (lambda path: ("--pruned_num", 19), "out of range: this network has 18"),

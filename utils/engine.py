@@ -115,6 +115,14 @@ class Trainer:
         self.learner.train()
         rows, pending, sizes, correct = [], [], [], 0
         title = f"epoch {self.epoch}/{self.num_epochs}"
+
+        def settle() -> None:
+            for row in torch.stack(pending).tolist():  # the one place that waits for the device
+                rows.append(row)
+                rate = self.rate(len(rows), len(batches))
+                self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", rate, job)
+            pending.clear()
+
         with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
             for step, (images, targets) in enumerate(batches, start=1):
                 self._set_rate(self.rate(step, len(batches)))
@@ -123,15 +131,13 @@ class Trainer:
                 sizes.append(len(targets))
                 correct = correct + hits
                 bar.update(len(targets))
-                if step % self.print_freq == 0 or step == len(batches):
-                    for row in torch.stack(pending).tolist():  # the one place that waits for the device
-                        rows.append(row)
-                        rate = self.rate(len(rows), len(batches))
-                        self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", rate, job)
-                    pending.clear()
+                if step % self.print_freq == 0:
+                    settle()
                     bar.set_postfix(loss=f"{rows[-1][0]:.4f}")
                     if bar.disable and step < len(batches):
                         job.logger.info(f"{title}, step {step}/{len(batches)}: loss {rows[-1][0]:.4f}")
+        if pending:
+            settle()
         names = ["total" if name == "loss" else name for name in losses]
         weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
         averages = weights @ torch.tensor(rows, dtype=torch.float64)
@@ -251,16 +257,17 @@ class Trainer:
 def evaluate(learner: Students, batches: Batches) -> Scores:
     """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported."""
     learner.eval()
-    correct = loss = 0
+    count = correct = loss = 0
     with torch.inference_mode():
         for images, targets in batches:
             logits = _all_logits(*learner(images))
+            count += len(targets)  # not batches.num_images, of which some may turn out to be damaged
             correct = correct + (logits.argmax(-1) == targets).sum(1)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
             loss = loss + losses.view(len(logits), -1).sum(1)
     return {
-        "accuracy": _by_network(learner, [100 * hits / batches.num_images for hits in correct.tolist()]),
-        "loss": _by_network(learner, [total / batches.num_images for total in loss.tolist()]),
+        "accuracy": _by_network(learner, [100 * hits / count for hits in correct.tolist()]),
+        "loss": _by_network(learner, [total / count for total in loss.tolist()]),
     }
 
 

@@ -135,12 +135,23 @@ def build_parser(script: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset", metavar="NAME", help="digits, cifar10, cifar100 or folder (default: cifar10)")
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="digits, cifar10, cifar100, fashion_mnist, svhn, imagenet or folder (default: cifar10)",
+    )
     add(
         "--data_dir",
         type=_path,
         metavar="PATH",
         help="where the data is, or is downloaded to (default: data/downloads)",
+    )
+    add(
+        "--image_size",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="of the crops of imagenet and of folder, which then streams (default: 224; a folder of small images of "
+        "one size stays in memory as it is)",
     )
     add(
         "--val_size",
@@ -211,7 +222,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         help="compiled code: on a CPU fused kernels (needs g++), on CUDA a graph of the training step, and with on "
         "torch.compile, too; off: PyTorch's operators one by one (default: %(default)s)",
     )
-    add("--workers", type=_positive_int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
+    add(
+        "--workers",
+        type=_positive_int,
+        default=min(8, os.cpu_count() or 1),
+        help="processes that read streamed images, at most one a core; threads that decode small ones",
+    )
     add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")
     return parser
 

@@ -85,6 +85,7 @@ def _write(
     }  # fmt: skip
     notes = [
         headline(dataset),
+        *_skipped(dataset),
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
@@ -97,7 +98,8 @@ def _write(
     text += [*(f"- {note}" for note in (*notes, flags)), ""]
     with atomic_write(job.report, "w") as file:
         file.write("\n".join(text))
-    content = {"networks": table, "best": best, "notes": notes, "meta": meta, "environment": environment}
+    content = {"networks": table, "best": best, "notes": notes, "skipped_images": dataset.skipped.reasons}
+    content |= {"meta": meta, "environment": environment}
     with atomic_write(job.report_json, "w") as file:
         json.dump(content, file, indent=2)
 
@@ -121,6 +123,16 @@ def summary(table: list[dict[str, Any]]) -> str:
         padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
     return "\n".join(lines)
+
+
+def _skipped(dataset: DataSet) -> list[str]:
+    """A note of the images that could not be read, if there are any."""
+    reasons, total = dataset.skipped.reasons, dataset.skipped.total
+    if not reasons:
+        return []
+    path, reason = min(reasons.items())
+    count = f"{len(reasons):,} of {total:,} images"
+    return [f"Left out because they cannot be read: {count}, such as {path} ({reason})."]
 
 
 def _selection(dataset: DataSet) -> str:

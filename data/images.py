@@ -1,0 +1,84 @@
+"""Image files: every mode and format as RGB, and what becomes of those that cannot be read."""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata; damaged pixels are errors
+
+
+class DamagedImage(Exception):
+    """Why an image file cannot be read."""
+
+
+def read(path: bytes) -> Image.Image:
+    """The image as RGB; transparency is dropped, and the orientation that EXIF data may state is not applied.
+
+    Raises:
+        DamagedImage: the file is missing, cut off, no image, or suspiciously large.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip rather than scale
+                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+            if image.mode == "P":  # Pillow complains of a palette's transparency unless it sees it go
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # a damaged image can raise anything
+        raise DamagedImage(_reason(error)) from error
+
+
+def read_size(path: bytes) -> tuple[int, int]:
+    """(width, height), from the header alone; raises DamagedImage."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:
+        raise DamagedImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no image"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+class SkippedImages:
+    """The damaged images of a data set that have been met so far: a few are left out, many stop the run.
+
+    Args:
+        total: images of the data set, all splits together.
+
+    Attributes:
+        reasons: why each cannot be read, by its path as text.
+    """
+
+    TOLERATED = 0.01
+
+    def __init__(self, total: int = 0):
+        self.total = total
+        self.reasons: dict[str, str] = {}
+
+    def add(self, found: Mapping[bytes, str]) -> None:
+        """Leave out these images; prints the path of each that is new.
+
+        Raises:
+            UserError: they are more than TOLERATED of the data set.
+        """
+        found = {path.decode(errors="backslashreplace"): reason for path, reason in found.items()}
+        new = {path: reason for path, reason in found.items() if path not in self.reasons}
+        self.reasons |= new
+        if len(self.reasons) > self.TOLERATED * self.total:
+            path, reason = next(iter(self.reasons.items()))
+            raise UserError(
+                f"{len(self.reasons)} of the {self.total:,} images cannot be read, more than {self.TOLERATED:.0%}; "
+                f"the first is {path} ({reason}): repair or delete them"
+            )
+        for path, reason in new.items():
+            tqdm.write(f"skipping {path}, which cannot be read: {reason}")

@@ -1,0 +1,114 @@
+"""Small data sets that torchvision knows, downloaded where they are missing, as uint8 images in memory."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.sources import DataSet, Split, channel_statistics
+from utils.errors import UserError
+
+# torchvision is imported where it is needed: that takes a second, which the other data sets need not pay.
+
+
+def _read_cifar(class_name: str, data_dir: Path, split: str) -> tuple[np.ndarray, Sequence[int], list[str]]:
+    from torchvision import datasets
+
+    dataset = getattr(datasets, class_name)(data_dir, split == "train", download=True)
+    return dataset.data, dataset.targets, dataset.classes
+
+
+def _read_fashion_mnist(data_dir: Path, split: str) -> tuple[np.ndarray, Sequence[int], list[str]]:
+    from torchvision.datasets import FashionMNIST
+
+    dataset = FashionMNIST(data_dir, split == "train", download=True)
+    gray = np.pad(dataset.data.numpy(), ((0, 0), (2, 2), (2, 2)))  # 28 x 28 -> 32 x 32
+    return np.repeat(gray[..., None], 3, axis=-1), dataset.targets.tolist(), dataset.classes
+
+
+def _read_svhn(data_dir: Path, split: str) -> tuple[np.ndarray, Sequence[int], list[str]]:
+    require_scipy("svhn")
+    from torchvision.datasets import SVHN
+
+    dataset = SVHN(data_dir, split, download=True)
+    images = np.ascontiguousarray(dataset.data.transpose(0, 2, 3, 1))
+    return images, dataset.labels, [str(digit) for digit in range(10)]
+
+
+class Published(NamedTuple):
+    """A data set that others published.
+
+    Attributes:
+        read: (data_dir, "train" or "test") -> (n, 32, 32, 3) uint8 images, their targets, the names of the classes.
+        path: where torchvision keeps a split, below data_dir.
+        flip: as DataSet has it.
+        statistics: mean and std; None: those of the training images.
+    """
+
+    read: Callable[[Path, str], tuple[np.ndarray, Sequence[int], list[str]]]
+    path: str
+    flip: bool
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+# The mean and std of the released code's recipe for CIFAR-10, and those usual for CIFAR-100 (weiaicunzai).
+PUBLISHED = {
+    "cifar10": Published(
+        partial(_read_cifar, "CIFAR10"),
+        path="cifar-10-batches-py",
+        flip=True,
+        statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ),
+    "cifar100": Published(
+        partial(_read_cifar, "CIFAR100"),
+        path="cifar-100-python",
+        flip=True,
+        statistics=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ),
+    "fashion_mnist": Published(_read_fashion_mnist, path="FashionMNIST", flip=True),
+    "svhn": Published(_read_svhn, path="{split}_32x32.mat", flip=False),
+}
+
+
+def published(name: str, data_dir: Path) -> DataSet:
+    """One of PUBLISHED, from data_dir, or downloaded into it.
+
+    Raises:
+        UserError: it is damaged, or neither there nor to be downloaded.
+    """
+    (train, classes), (test, _) = (_read(name, data_dir, split) for split in ("train", "test"))
+    mean, std = PUBLISHED[name].statistics or channel_statistics(train.images)
+    return DataSet(name, classes, train, test, mean, std, padding=4, flip=PUBLISHED[name].flip)
+
+
+def require_scipy(what: str) -> None:
+    """Raise a UserError where scipy, which torchvision reads `what` with, is not installed."""
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{what} comes in MATLAB files, which scipy reads: pip install scipy") from error
+
+
+def _read(name: str, data_dir: Path, split: str) -> tuple[Split, list[str]]:
+    """A split and the names of its classes."""
+    path = data_dir / PUBLISHED[name].path.format(split=split)
+    was_there = path.exists()
+    try:
+        images, targets, classes = PUBLISHED[name].read(data_dir, split)
+        if not 0 < len(images) == len(targets):
+            raise ValueError(f"{len(images):,} images, {len(targets):,} labels")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        reason = " ".join(str(error).split())
+        if was_there:
+            problem = f"{path} is damaged or not complete ({reason}): delete it to have {name} downloaded anew"
+        else:
+            problem = (
+                f"{name} is not in {data_dir} and could not be downloaded ({reason}): put {path.name} there, name the "
+                "right folder with --data_dir, or try --dataset digits, which needs no download"
+            )
+        raise UserError(problem) from error
+    return Split(images, np.array(targets)), classes

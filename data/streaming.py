@@ -1,0 +1,183 @@
+"""Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+
+from data.images import DamagedImage, SkippedImages, read
+from data.loader import Normalization, epoch_seed, without_a_single_last
+from data.sources import DataSet, Split
+from utils.errors import UserError
+
+
+def training_crop(size: int) -> v2.Transform:
+    """A PIL image -> (3, size, size) uint8, a random part of it or its mirror image, as ImageNet's usual recipe."""
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def evaluation_crop(size: int) -> v2.Transform:
+    """A PIL image -> (3, size, size) uint8, its center; 224 pixels of 256, as ImageNet's usual recipe."""
+    return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+class InOrder:
+    """A batch sampler: each image is asked for by its index and a seed, which here nothing depends on."""
+
+    def __init__(self, count: int, batch_size: int):
+        self.num_images, self.batch_size = count, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices in torch.arange(self.num_images).split(self.batch_size):
+            yield [(index, 0) for index in indices.tolist()]
+
+
+class Shuffled(InOrder):
+    """The images in an order, and each with a seed, that depend on (seed, epoch) alone.
+
+    The seeds travel with the indices, for worker processes see no attribute that changes after they started.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        super().__init__(without_a_single_last(count, batch_size), batch_size)
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)[: self.num_images]
+        seeds = torch.randint(2**32, (self.count,), generator=generator)  # more bits than 32 would be ignored
+        for indices in order.split(self.batch_size):
+            yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))
+
+
+class Sample(NamedTuple):
+    """An image of a split, (3, S, S) uint8; None if it cannot be read, for the reason given."""
+
+    index: int
+    image: Tensor | None
+    target: int
+    reason: str = ""
+
+
+class ImageFiles(Dataset):
+    """The images of a split, read and cropped, all chance drawn from the seed that comes with an index."""
+
+    def __init__(self, split: Split, transform: v2.Transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, request: tuple[int, int]) -> Sample:
+        index, seed = request
+        target = int(self.split.targets[index])
+        try:
+            image = read(self.split.images[index])
+        except DamagedImage as error:
+            return Sample(index, None, target, str(error))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return Sample(index, self.transform(image), target)
+
+
+def collate(samples: list[Sample]) -> tuple[Any, Any, list[Sample]]:
+    """((B, 3, S, S) uint8, (B,) targets) of the images that could be read, two empty lists if none; and the others."""
+    good = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+    images, targets = default_collate(good) if good else ([], [])
+    return images, targets, [sample for sample in samples if sample.image is None]
+
+
+class StreamedBatches:
+    """Normalized batches: (B, 3, S, S) float32 in channels_last, and (B,) targets; like data.loader.Batches.
+
+    Images that cannot be read are left out, so that a batch may be smaller than the others, or missing.
+
+    Args:
+        order: which images, with which seeds, make a batch.
+        transform: a PIL image -> (3, S, S) uint8.
+        workers: processes, of which there will be no more than there are cores; 0 reads in this one.
+        skipped: takes the images that cannot be read.
+        smallest: batches of fewer images are left out: BatchNorm cannot train on one.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        order: InOrder,
+        transform: v2.Transform,
+        normalize: Normalization,
+        workers: int,
+        skipped: SkippedImages,
+        smallest: int = 1,
+    ):
+        self.split, self.order, self.normalize = split, order, normalize
+        self.skipped, self.smallest = skipped, smallest
+        self.loader = DataLoader(
+            ImageFiles(split, transform),
+            batch_sampler=order,
+            num_workers=min(workers, _cores()),
+            collate_fn=collate,
+            pin_memory=normalize.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # which it seeds workers from: the global one belongs to the networks
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.order.batch_size
+
+    @property
+    def num_images(self) -> int:
+        """Of an epoch, before any is left out."""
+        return self.order.num_images
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws its randomness for."""
+        self.order.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device, none_yet = self.normalize.device, True
+        try:
+            for images, targets, damaged in self.loader:
+                self.skipped.add({self.split.images[sample.index]: sample.reason for sample in damaged})
+                if len(targets) >= self.smallest:
+                    none_yet = False
+                    yield (
+                        self.normalize(images.to(device, non_blocking=True)),
+                        targets.to(device, non_blocking=True),
+                    )
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"a process that reads images died ({error}): try fewer --workers") from error
+        if none_yet:
+            raise UserError(f"there is no batch of {self.smallest} images that can be read: repair them")
+
+
+def stream(
+    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
+) -> tuple[StreamedBatches, StreamedBatches, StreamedBatches]:
+    """The batches to train on, to validate on and to test on."""
+    size, common = dataset.image_size, (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
+    order = Shuffled(len(dataset.train), train_batch_size, seed)
+    train = StreamedBatches(dataset.train, order, training_crop(size), *common, smallest=2)
+    val, test = (
+        StreamedBatches(split, InOrder(len(split), eval_batch_size), evaluation_crop(size), *common)
+        for split in (dataset.val, dataset.test)
+    )
+    return train, val, test
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
