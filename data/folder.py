@@ -11,11 +11,11 @@ from data.images import SkippedImages
 from data.published import require_scipy
 from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
+from utils.normalization import NORMALIZATIONS
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
 IMAGE_SIZE = 224  # of streamed images, unless the user says otherwise
-IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 
 
@@ -90,11 +90,13 @@ def _unpack(root: Path) -> None:
 
 
 def _streamed(name: str, classes: list[str], splits: dict[str, Split], image_size: int | None) -> DataSet:
+    mean, std = NORMALIZATIONS["imagenet"]
     return DataSet(
         name=name,
         classes=classes,
         **_roles(splits),
-        **IMAGENET_STATISTICS,
+        mean=mean,
+        std=std,
         padding=0,
         flip=True,
         image_size=image_size or IMAGE_SIZE,

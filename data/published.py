@@ -9,6 +9,7 @@ import numpy as np
 
 from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
+from utils.normalization import NORMALIZATIONS, MeanStd
 
 # torchvision is imported where it is needed: that takes a second, which the other data sets need not pay.
 
@@ -50,22 +51,21 @@ class Published(NamedTuple):
     read: Callable[[Path, str], tuple[np.ndarray, Sequence[int], list[str]]]
     path: str
     flip: bool
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: MeanStd | None = None
 
 
-# The mean and std of the released code's recipe for CIFAR-10, and those usual for CIFAR-100 (weiaicunzai).
 PUBLISHED = {
     "cifar10": Published(
         partial(_read_cifar, "CIFAR10"),
         path="cifar-10-batches-py",
         flip=True,
-        statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        statistics=NORMALIZATIONS["cifar"],
     ),
     "cifar100": Published(
         partial(_read_cifar, "CIFAR100"),
         path="cifar-100-python",
         flip=True,
-        statistics=((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        statistics=NORMALIZATIONS["cifar100"],
     ),
     "fashion_mnist": Published(_read_fashion_mnist, path="FashionMNIST", flip=True),
     "svhn": Published(_read_svhn, path="{split}_32x32.mat", flip=False),

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from model.convert import cheapen, replaceable_convs
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS, Normalization
+from utils.normalization import NORMALIZATIONS, MeanStd
 
 LIBRARIES = ("torchvision", "timm")
 FROM_TENSORFLOW = ("googlenet", "inception_v3")  # torchvision's published weights are converted from there
@@ -101,7 +101,7 @@ def follows_protocol(network: nn.Module) -> bool:
     return all(hasattr(network, part) for part in PROTOCOL)
 
 
-def normalization(arch: str, name: str) -> Normalization | None:
+def normalization(arch: str, name: str) -> MeanStd | None:
     """Mean and std with which a library's published weights of `name` were trained; None where nothing is known."""
     if arch == "timm":
         published = importlib.import_module("timm").get_pretrained_cfg(name)

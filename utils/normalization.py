@@ -1,8 +1,8 @@
 """Mean and std of the channels, of pixels in 0 .. 1, by which images are normalized."""
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
 
-NORMALIZATIONS: dict[str, Normalization] = {
+NORMALIZATIONS: dict[str, MeanStd] = {
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the recipe of the released code
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),  # weiaicunzai/pytorch-cifar100
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -10,7 +10,7 @@ NORMALIZATIONS: dict[str, Normalization] = {
 }
 
 
-def parse(text: str) -> Normalization:
+def parse(text: str) -> MeanStd:
     """One of NORMALIZATIONS by name, or "mean,mean,mean/std,std,std".
 
     Raises:

@@ -16,7 +16,7 @@ from utils.checkpoint import CHECKPOINT, NETWORK, kind_of, load, load_student, l
 from utils.cost import check_fits
 from utils.engine import top1
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS, Normalization, parse
+from utils.normalization import NORMALIZATIONS, MeanStd, parse
 
 # Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.
 WRAPPERS = ("state_dict", "model", "net")
@@ -27,7 +27,7 @@ PREFIXES = ("module.", "_orig_mod.")
 class Renormalized(nn.Module):
     """A network that was trained with another normalization than its images come with: (B, 3, H, W) -> (B, K)."""
 
-    def __init__(self, network: nn.Module, given: Normalization, wanted: Normalization):
+    def __init__(self, network: nn.Module, given: MeanStd, wanted: MeanStd):
         super().__init__()
         self.network = network
         (mean, std), (wanted_mean, wanted_std) = (torch.tensor(norm)[..., None, None] for norm in (given, wanted))
@@ -78,7 +78,7 @@ def load_teacher(
     device: torch.device,
     arch: str | None = None,
     variant: dict[str, Any] | None = None,
-    given: Normalization | None = None,
+    given: MeanStd | None = None,
     norm: str | None = None,
 ) -> nn.Module:
     """The standard network `name` with the weights of `path`, frozen and in eval mode.
@@ -126,7 +126,7 @@ def load_teacher(
 
 def _published_normalization(
     content: dict[str, Any], weights: dict[str, Tensor], arch: str, name: str, variant: dict[str, Any]
-) -> Normalization | None:
+) -> MeanStd | None:
     """What the project that a public checkpoint comes from normalizes by, as far as its layout and its site tell.
 
     akamaster/pytorch_resnet_cifar10, weiaicunzai/pytorch-cifar100, kuangliu/pytorch-cifar, ShaohuiLin/GAL; the
