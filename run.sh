@@ -62,10 +62,8 @@ test() {
     "$PYTHON" -m pytest "$@"
 }
 
-# CIFAR-10, ResNet-56, as in the paper. TEACHER: a checkpoint of the standard network, or a folder that holds one;
-# by default the one that pretrain_resnet_56 makes.
-TEACHER=${TEACHER:-experiment/resnet/teacher}
-
+# CIFAR-10, ResNet-56, as in the paper. TEACHER, here and below: a checkpoint of the standard network, or a folder that
+# holds one; for these recipes by default the one that pretrain_resnet_56 makes.
 pretrain_resnet_56() {
     setup requirements.txt
     "$PYTHON" main.py --pretrain --arch resnet --teacher_model resnet_56 --job_dir experiment/resnet/teacher "$@"
@@ -74,7 +72,7 @@ pretrain_resnet_56() {
 resnet_56() {
     setup requirements.txt
     "$PYTHON" main.py \
-        --teacher_dir "$TEACHER" \
+        --teacher_dir "${TEACHER:-experiment/resnet/teacher}" \
         --arch resnet --teacher_model resnet_56 --student_model resnet_56_sparse \
         --lambda 0.8 --miu 1 \
         --job_dir experiment/resnet/lambda_0.8_miu_1 "$@"
@@ -106,8 +104,49 @@ resnet_56_group() {
     resnet_56 --conv group --groups 4 --job_dir experiment/resnet/group_lambda_0.8_miu_1 "$@"
 }
 
+# Other networks and data, with the pretrained teacher TEACHER, or teacher-free if there is none.
+compress() {
+    setup requirements.txt
+    "$PYTHON" main.py ${TEACHER:+--teacher_dir "$TEACHER"} --lambda 0.8 "$@"
+}
+
+vgg_16() {
+    compress --arch vgg --teacher_model vgg_16_bn --student_model vgg_16_bn_sparse --job_dir experiment/vgg_16 "$@"
+}
+
+densenet_40() {
+    compress --arch densenet --teacher_model densenet_40 --student_model densenet_40_sparse \
+        --job_dir experiment/densenet_40 "$@"
+}
+
+googlenet() {
+    compress --arch googlenet --teacher_model googlenet --student_model googlenet_sparse \
+        --job_dir experiment/googlenet "$@"
+}
+
+resnet_56_cifar100() {
+    compress --dataset cifar100 --arch resnet --teacher_model resnet_56 --student_model resnet_56_sparse \
+        --job_dir experiment/resnet_56_cifar100 "$@"
+}
+
+# ImageNet, a folder with train/ and val/ at IMAGENET. TEACHER may be torchvision's resnet18-f37072fd.pth.
+imagenet() {
+    compress --dataset imagenet --data_dir "${IMAGENET:-data/imagenet}" --val_size 10000 --num_students 2 \
+        --num_epochs 90 --lr_decay_step 30 60 80 --train_batch_size 256 --weight_decay 1e-4 "$@"
+}
+
+resnet_18_imagenet() {
+    imagenet --arch resnet --teacher_model resnet_18 --student_model resnet_18_sparse \
+        --job_dir experiment/resnet_18_imagenet "$@"
+}
+
+resnet_50_imagenet() {
+    imagenet --arch resnet --teacher_model resnet_50 --student_model resnet_50_sparse \
+        --job_dir experiment/resnet_50_imagenet "$@"
+}
+
 if [ $# -gt 0 ]; then
-    recipes=$(sed -n 's/^\([a-z][a-z0-9_]*\)() {$/\1/p' run.sh | grep -v '^setup$')
+    recipes=$(sed -n 's/^\([a-z][a-z0-9_]*\)() {$/\1/p' run.sh | grep -vE '^(setup|compress|imagenet)$')
     for recipe in $recipes; do
         if [ "$1" = "$recipe" ]; then
             "$@"
@@ -125,3 +164,9 @@ demo
 # resnet_56_teacher_free
 # resnet_56_shift
 # resnet_56_group
+# vgg_16
+# densenet_40
+# googlenet
+# resnet_56_cifar100
+# resnet_18_imagenet
+# resnet_50_imagenet
