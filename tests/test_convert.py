@@ -178,18 +178,20 @@ def test_timm_networks_are_students_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("arch", "name", "message"),
+    ("arch", "name", "size", "message"),
     [
-        ("torchvision", "resnet_18", "torchvision has no network 'resnet_18': try resnet18"),
-        ("timm", "resnet_18", "timm has no network"),
-        ("torchvision", "mobilenet_v2", "no standard convolution to make cheap"),
-        ("torchvision", "vit_b_16", "no standard convolution to make cheap"),
-        ("nowhere.py", "build", "nowhere.py does not exist"),
+        ("torchvision", "resnet_18", 64, "torchvision has no network 'resnet_18': try resnet18"),
+        ("timm", "resnet_18", 64, "timm has no network"),
+        ("torchvision", "mobilenet_v2", 64, "no standard convolution to make cheap"),
+        ("torchvision", "vit_b_16", 64, "no standard convolution to make cheap"),
+        ("timm", "levit_128", 64, "levit_128 does not take images of 64 x 64"),
+        ("timm", "levit_128", 224, r"levit_128 has no feature map \(B, 384, H, W\) for an online teacher"),
+        ("nowhere.py", "build", 64, "nowhere.py does not exist"),
     ],
 )
-def test_networks_that_cannot_be_students(arch, name, message):
+def test_networks_that_cannot_be_students(arch, name, size, message):
     with pytest.raises(ValueError, match=message):
-        model.build(f"{name}_sparse", arch=arch, input_size=IMAGE)
+        model.build(f"{name}_sparse", arch=arch, input_size=(3, size, size))
 
 
 # --- a Python file
@@ -288,7 +290,7 @@ def test_a_network_of_torchvision_with_pretrained_weights_goes_all_the_way(tmp_p
 def test_images_and_classes_that_do_not_fit_end_in_one_line(file, tmp_path):
     common = ("--dataset", "digits", "--num_students", 2, "--job_dir", tmp_path / "job", "--val_size", 700)
     error = fail("main.py", "--arch", "torchvision", "--teacher_model", "squeezenet1_1", *common)
-    assert "squeezenet1_1_sparse does not take images of 8 x 8" in error
+    assert "squeezenet1_1 does not take images of 8 x 8" in error
     source = file.read_text().replace("return Small(10)", "return Small(7)")
     file.write_text(source)
     error = fail("main.py", "--arch", file, "--teacher_model", "ten", *common)
