@@ -147,19 +147,11 @@ class StreamedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, none_yet = self.normalize.device, True
-        try:
-            for images, targets, damaged in self.loader:
-                self.skipped.add({self.split.images[sample.index]: sample.reason for sample in damaged})
-                if len(targets) >= self.smallest:
-                    none_yet = False
-                    yield (
-                        self.normalize(images.to(device, non_blocking=True)),
-                        targets.to(device, non_blocking=True),
-                    )
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"a process that reads images died ({error}): try fewer --workers") from error
+        for images, targets, damaged in self.loader:
+            self.skipped.add({self.split.images[sample.index]: sample.reason for sample in damaged})
+            if len(targets) >= self.smallest:
+                none_yet = False
+                yield self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
         if none_yet:
             raise UserError(f"there is no batch of {self.smallest} images that can be read: repair them")
 

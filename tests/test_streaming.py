@@ -1,4 +1,4 @@
-"""Images that stream from their files: every mode, the crops, damaged files, and whole runs."""
+"""Images that stream from their files: which do, their crops, damaged files, and whole runs."""
 
 import logging
 import struct
@@ -12,12 +12,12 @@ from torch import nn
 
 import data
 from data.folder import folder
-from data.images import SkippedImages, read
+from data.images import SkippedImages
 from data.loader import Normalization, make_loaders
 from data.sources import Split
 from data.streaming import InOrder, Shuffled, StreamedBatches, evaluation_crop, training_crop
 from model.online import Students
-from tests.helpers import fail, make_tree, report_of, succeed
+from tests.helpers import ROOT, fail, make_tree, report_of, succeed
 from utils import options
 from utils.engine import Trainer, evaluate
 from utils.errors import UserError
@@ -27,67 +27,7 @@ CPU = torch.device("cpu")
 SIZE = 32
 
 
-# --- image files
-
-
-def gray(width=50, height=40):
-    return np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
-
-
-def color(width=50, height=40, channels=3):
-    return np.random.default_rng(1).integers(0, 256, (height, width, channels), np.uint8)
-
-
-TURNED = Image.Exif()
-TURNED[0x0112] = 6  # orientation: to be turned by 90 degrees
-
-
-def palette_with_transparency(path):
-    """256 colors, each with an opacity of its own."""
-    colors = color(256, 1)[0]
-    image = Image.fromarray(gray(), "P")
-    image.putpalette(colors.tobytes())
-    image.save(path, transparency=bytes(range(256)))
-    return colors[gray()]
-
-
-def cmyk(path):
-    Image.fromarray(color(channels=4), "CMYK").save(path)
-    stored = np.asarray(Image.open(path)).astype(int)  # what JPEG made of it
-    return (255 - stored[..., :3]) * (255 - stored[..., 3:]) / 255
-
-
-def saved(image, pixels, **options):
-    """A writer of the image to a path, which returns what is to be read from there."""
-
-    def write(path):
-        image.save(path, **options)
-        return np.broadcast_to(pixels if pixels.ndim == 3 else pixels[..., None], (40, 50, 3))
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("rgb.png", saved(Image.fromarray(color()), color())),
-        ("gray.png", saved(Image.fromarray(gray()), gray())),
-        ("gray.tif", saved(Image.fromarray(gray().astype(np.uint16) * 257), gray())),
-        ("gray16.png", saved(Image.fromarray(gray().astype(np.uint16) * 257), gray())),
-        ("rgba.png", saved(Image.fromarray(color(channels=4)), color(channels=4)[..., :3])),
-        ("gray_alpha.png", saved(Image.fromarray(color(channels=2)), color(channels=2)[..., 0])),
-        ("palette.png", palette_with_transparency),
-        ("bilevel.png", saved(Image.fromarray(gray() > 127), (gray() > 127) * 255)),
-        ("cmyk.jpg", cmyk),
-        ("turned.png", saved(Image.fromarray(color()), color(), exif=TURNED)),
-    ],
-)  # fmt: skip
-def test_every_mode_becomes_rgb(tmp_path, recwarn, name, write):
-    expected = write(tmp_path / name)
-    image = read(str(tmp_path / name).encode())
-    assert image.mode == "RGB"
-    np.testing.assert_allclose(np.asarray(image), expected, atol=1 if name == "cmyk.jpg" else 0)
-    assert not list(recwarn)
+# --- files
 
 
 def bomb(path):
@@ -101,7 +41,8 @@ def bomb(path):
 
 
 def truncated(path):
-    Image.fromarray(color(200, 200)).save(path, "JPEG")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(path, "JPEG")
     path.write_bytes(path.read_bytes()[:-2000])
 
 
@@ -312,6 +253,25 @@ def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
     assert len(list(streamed(paths, total=200, workers=1))) == 6
     with pytest.raises(UserError, match=rf"2 of the 199 images cannot be read, more than 1%.* {paths[3]} \(no image\)"):
         list(streamed(paths, training=False, total=199, workers=1))
+
+
+DEADLY_READING = """
+import os, signal, sys
+from tests.test_streaming import streamed
+from utils.errors import run_script
+
+batches = streamed(sys.argv[1:], workers=1)
+batches.loader.dataset.transform = lambda image: os.kill(os.getpid(), signal.SIGKILL)
+run_script(lambda: list(batches))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
+    """As when memory runs out while an image is decoded."""
+    (tmp_path / "script.py").write_text(DEADLY_READING)
+    paths = stream_tree(tmp_path / "set")
+    assert "try fewer --workers" in fail(tmp_path / "script.py", *paths, PYTHONPATH=str(ROOT))
 
 
 class Tiny(nn.Module):

@@ -33,6 +33,10 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in REFUSALS:
             raise
         exit_with(f"{error.filename or 'writing'}: {error.strerror}")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
+            raise
+        exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

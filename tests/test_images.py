@@ -1,0 +1,67 @@
+"""Image files of every mode."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import read
+
+
+def gray(width=50, height=40):
+    return np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
+
+
+def color(width=50, height=40, channels=3):
+    return np.random.default_rng(1).integers(0, 256, (height, width, channels), np.uint8)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: to be turned by 90 degrees
+
+
+def palette_with_transparency(path):
+    """256 colors, each with an opacity of its own."""
+    colors = color(256, 1)[0]
+    image = Image.fromarray(gray(), "P")
+    image.putpalette(colors.tobytes())
+    image.save(path, transparency=bytes(range(256)))
+    return colors[gray()]
+
+
+def cmyk(path):
+    Image.fromarray(color(channels=4), "CMYK").save(path)
+    stored = np.asarray(Image.open(path)).astype(int)  # what JPEG made of it
+    return (255 - stored[..., :3]) * (255 - stored[..., 3:]) / 255
+
+
+def saved(image, pixels, **options):
+    """A writer of the image to a path, which returns what is to be read from there."""
+
+    def write(path):
+        image.save(path, **options)
+        return np.broadcast_to(pixels if pixels.ndim == 3 else pixels[..., None], (40, 50, 3))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rgb.png", saved(Image.fromarray(color()), color())),
+        ("gray.png", saved(Image.fromarray(gray()), gray())),
+        ("gray.tif", saved(Image.fromarray(gray().astype(np.uint16) * 257), gray())),
+        ("gray16.png", saved(Image.fromarray(gray().astype(np.uint16) * 257), gray())),
+        ("rgba.png", saved(Image.fromarray(color(channels=4)), color(channels=4)[..., :3])),
+        ("gray_alpha.png", saved(Image.fromarray(color(channels=2)), color(channels=2)[..., 0])),
+        ("palette.png", palette_with_transparency),
+        ("bilevel.png", saved(Image.fromarray(gray() > 127), (gray() > 127) * 255)),
+        ("cmyk.jpg", cmyk),
+        ("turned.png", saved(Image.fromarray(color()), color(), exif=TURNED)),
+    ],
+)  # fmt: skip
+def test_every_mode_becomes_rgb(tmp_path, recwarn, name, write):
+    expected = write(tmp_path / name)
+    image = read(str(tmp_path / name).encode())
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image), expected, atol=1 if name == "cmyk.jpg" else 0)
+    assert not list(recwarn)
