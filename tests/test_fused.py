@@ -1,6 +1,8 @@
 """The compiled kernels compute what PyTorch's operators compute."""
 
 import copy
+import ctypes
+from functools import partial
 
 import pytest
 import torch
@@ -245,6 +247,28 @@ def test_every_number_of_threads_gives_the_same_within_rounding_and_one_number_t
         torch.set_num_threads(threads)
     assert all(distance(result, results[0]) < 1e-5 for result in results)
     assert torch.equal(results[2], results[3])
+
+
+def test_results_do_not_depend_on_how_many_of_its_threads_a_region_is_given():
+    torch.manual_seed(0)
+    conv, norm = CheapConv2d(16, 16), random_norm(16)
+    x, grad = channels_last(7, 16, 24, 24).requires_grad_(), channels_last(7, 16, 24, 24)
+    openmp = ctypes.CDLL(None)
+    levels, threads = openmp.omp_get_max_active_levels(), torch.get_num_threads()
+    results = []
+    try:
+        torch.set_num_threads(3)
+        for allowed in (levels, 0):  # without a level of parallel regions, each is given one thread
+            openmp.omp_set_max_active_levels(allowed)
+            for compute in (partial(fused.conv_norm_relu, conv, norm), partial(fused.norm_relu, norm)):
+                out = compute(x)
+                grads = torch.autograd.grad(out, (x, *norm.parameters(), *conv.parameters()), grad, allow_unused=True)
+                results.append(torch.cat([t.flatten() for t in (out, *grads) if t is not None]))
+    finally:
+        openmp.omp_set_max_active_levels(levels)
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):

@@ -172,18 +172,16 @@ void move_sum(float* from, float* to, int count) {
     std::fill_n(from, count, 0.0f);
 }
 
-// Calls finish(thread, number of the first pixel, filtered pixels) for each row of the spatial stage's output.
+// Calls finish(part, number of the first pixel, filtered pixels) for each row of the spatial stage's output.
 template <class T, class Finish>
 void filter_images(const T* x, const float* spatial, const Shape& s, int threads, Finish finish) {
     const Buffer taps = transposed(spatial, s.in, TAPS);
     const std::int64_t row = s.width * s.in;
-#pragma omp parallel num_threads(threads)
-    {
+    in_parts(s.batch, threads, [&](int part, std::int64_t n, std::int64_t end) {
         Window window(s.width, s.in);
         Buffer filtered(s.out_width() * s.in);
         const float* rows[3];
-#pragma omp for schedule(static)
-        for (int n = 0; n < s.batch; n++) {
+        for (; n < end; n++) {
             const T* image = x + n * s.height * row;
             copy(image, window.pixels(0), row);
             for (int i = 0; i < s.height; i++) {
@@ -192,10 +190,10 @@ void filter_images(const T* x, const float* spatial, const Shape& s, int threads
                 window.around(i, s.height, rows);
                 filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data());
                 const std::int64_t out_row = (std::int64_t)n * s.out_height() + i / s.stride;
-                finish(omp_get_thread_num(), out_row * s.out_width(), filtered.data());
+                finish(part, out_row * s.out_width(), filtered.data());
             }
         }
-    }
+    });
 }
 
 // y = pointwise(spatial(x)); returns the moments of y.
@@ -203,10 +201,10 @@ template <class T>
 Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, const Shape& s, int threads) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(s.out));
-    filter_images(x, spatial, s, threads, [&](int thread, std::int64_t pixel, const float* filtered) {
+    filter_images(x, spatial, s, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         T* row = y + pixel * s.out;
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, row);
-        parts[thread].add(row, s.out_width());
+        parts[part].add(row, s.out_width());
     });
     return total(parts);
 }
@@ -219,9 +217,9 @@ void conv_norm_relu(
 ) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     std::vector<Buffer> rows(threads, Buffer(s.out_width() * s.out));
-    filter_images(x, spatial, s, threads, [&](int thread, std::int64_t pixel, const float* filtered) {
+    filter_images(x, spatial, s, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         const std::int64_t at = pixel * s.out;
-        float* y = rows[thread].data();
+        float* y = rows[part].data();
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, y);
         norm_relu_row(y, residual ? residual + at : nullptr, by, z + at, s.out_width(), s.out);
     });
@@ -239,15 +237,13 @@ void conv_grad(
     for (int t = 0; t < TAPS; t++) copy(&taps[t * s.in], &flipped[(TAPS - 1 - t) * s.in], s.in);
     const std::int64_t row = s.width * s.in, out_row = s.out_width() * s.out;
     std::vector<Buffer> tap_sums(threads), mixing_sums(threads);
-#pragma omp parallel num_threads(threads)
-    {
+    in_parts(s.batch, threads, [&](int part, std::int64_t n, std::int64_t end) {
         Window window(s.width, s.in), grads(s.width, s.in);  // of x, and of the spatial stage's gradient
         Buffer filtered(s.out_width() * s.in), grad_filtered(filtered), grad_y(out_row);
         Buffer tap_sum(TAPS * s.in), mixing_sum(s.in * s.out);  // of an image
         Buffer all_taps(TAPS * s.in), all_mixing(s.in * s.out);
         const float* rows[3];
-#pragma omp for schedule(static)
-        for (int n = 0; n < s.batch; n++) {
+        for (; n < end; n++) {
             const T* image = x + n * s.height * row;
             T* grad_image = grad_x + n * s.height * row;
             std::int64_t at = n * s.out_height() * out_row;
@@ -278,14 +274,13 @@ void conv_grad(
             move_sum(tap_sum.data(), all_taps.data(), TAPS * s.in);
             move_sum(mixing_sum.data(), all_mixing.data(), s.in * s.out);
         }
-        tap_sums[omp_get_thread_num()] = all_taps;
-        mixing_sums[omp_get_thread_num()] = all_mixing;
-    }
-    for (int thread = 0; thread < threads; thread++) {
-        for (int c = 0; c < s.in && !mixing_sums[thread].empty(); c++) {
-            for (int o = 0; o < s.out; o++) grad_pointwise[o * s.in + c] += mixing_sums[thread][c * s.out + o];
-            for (int t = 0; t < TAPS && grad_spatial; t++)
-                grad_spatial[c * TAPS + t] += tap_sums[thread][t * s.in + c];
+        tap_sums[part] = all_taps;
+        mixing_sums[part] = all_mixing;
+    });
+    for (int part = 0; part < threads; part++) {
+        for (int c = 0; c < s.in; c++) {
+            for (int o = 0; o < s.out; o++) grad_pointwise[o * s.in + c] += mixing_sums[part][c * s.out + o];
+            for (int t = 0; t < TAPS && grad_spatial; t++) grad_spatial[c * TAPS + t] += tap_sums[part][t * s.in + c];
         }
     }
 }

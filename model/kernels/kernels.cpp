@@ -3,8 +3,8 @@
 // A CPU spends the training step waiting for memory. PyTorch's operators write every intermediate feature map out and
 // read it back; these loops keep what they can in the cache: the output of the spatial stage, the normalized map before
 // the ReLU, the gradients of both. Feature maps are channels_last, float32 or bfloat16, with a multiple of 16 channels;
-// everything else, sums included, is float32 or double. Work is split among threads by image, and the partial sums are
-// added in the order of the threads, so that a result depends on their number alone.
+// everything else, sums included, is float32 or double. Work is split by image into as many parts as there should be
+// threads, and their partial sums are added in order, so that a result depends on their number alone.
 //
 // model/fused.py compiles this file and calls the four functions below.
 #include "conv.h"

@@ -1,8 +1,6 @@
 // relu(norm(x)) + residual and its gradients, with the statistics of BatchNorm.
 #pragma once
 
-#include <omp.h>
-
 #include <cmath>
 
 #include "vector.h"
@@ -131,12 +129,17 @@ struct Norm {
     }
 };
 
+std::int64_t blocks(std::int64_t pixels) { return (pixels + BLOCK - 1) / BLOCK; }
+
 template <class T>
 Moments moments(const T* x, std::int64_t pixels, int channels, int threads) {
     std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(channels));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t first = 0; first < pixels; first += BLOCK)
-        parts[omp_get_thread_num()].add(x + first * channels, std::min<std::int64_t>(BLOCK, pixels - first));
+    in_parts(blocks(pixels), threads, [&](int part, std::int64_t block, std::int64_t end) {
+        for (; block < end; block++) {
+            const std::int64_t first = block * BLOCK;
+            parts[part].add(x + first * channels, std::min<std::int64_t>(BLOCK, pixels - first));
+        }
+    });
     return total(parts);
 }
 
@@ -178,26 +181,28 @@ void norm_relu_sums(
 ) {
     using Sums = std::vector<double>;  // of the gradient, then of its product with x - mean
     std::vector<Sums> sums(threads, Sums(2 * channels));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t first = 0; first < pixels; first += BLOCK) {
-        Sums& mine = sums[omp_get_thread_num()];
-        const int count = std::min<std::int64_t>(BLOCK, pixels - first);
-        for (int c = 0; c < channels; c += LANES) {
-            const std::int64_t at = first * channels + c;
-            const Vec mean = load(by.mean + c);
-            Vec sum[2] = {}, products[2] = {};
-            for (int i = 0; i < count; i++) {
-                const Vec pixel = load(x + at + i * channels);
-                const Vec g = through_relu(load(grad + at + i * channels), pixel, by, c);
-                sum[i % 2] += g;
-                products[i % 2] += g * (pixel - mean);
-            }
-            for (int l = 0; l < LANES; l++) {
-                mine[c + l] += sum[0][l] + sum[1][l];
-                mine[channels + c + l] += products[0][l] + products[1][l];
+    in_parts(blocks(pixels), threads, [&](int part, std::int64_t block, std::int64_t end) {
+        Sums& mine = sums[part];
+        for (; block < end; block++) {
+            const std::int64_t first = block * BLOCK;
+            const int count = std::min<std::int64_t>(BLOCK, pixels - first);
+            for (int c = 0; c < channels; c += LANES) {
+                const std::int64_t at = first * channels + c;
+                const Vec mean = load(by.mean + c);
+                Vec sum[2] = {}, products[2] = {};
+                for (int i = 0; i < count; i++) {
+                    const Vec pixel = load(x + at + i * channels);
+                    const Vec g = through_relu(load(grad + at + i * channels), pixel, by, c);
+                    sum[i % 2] += g;
+                    products[i % 2] += g * (pixel - mean);
+                }
+                for (int l = 0; l < LANES; l++) {
+                    mine[c + l] += sum[0][l] + sum[1][l];
+                    mine[channels + c + l] += products[0][l] + products[1][l];
+                }
             }
         }
-    }
+    });
     for (int c = 0; c < channels; c++) {
         double sum = 0, products = 0;
         for (const Sums& part : sums) {

@@ -63,10 +63,18 @@ class Buffer {
     const float* data() const { return (const float*)vectors_.data(); }
     float& operator[](int i) { return data()[i]; }
     const float& operator[](int i) const { return data()[i]; }
-    bool empty() const { return vectors_.empty(); }
 
   private:
     std::vector<Vec> vectors_;
 };
+
+// Calls work(part, first, end) for `parts` even shares of `count` items, in as many threads if OpenMP grants them. Sums
+// belong to a part, not to a thread: they stay the same to the bit if it grants fewer.
+template <class Work>
+void in_parts(std::int64_t count, int parts, const Work& work) {
+    const auto start = [=](std::int64_t part) { return (count * part + parts - 1) / parts; };
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (int part = 0; part < parts; part++) work(part, start(part), start(part + 1));
+}
 
 }  // namespace
