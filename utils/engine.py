@@ -206,7 +206,7 @@ class Trainer:
         if any(content["meta"][key] != meta[key] for key in ("classes", "mean", "std")):
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         checkpoint.load_weights(self.learner, content["model"], str(path))
-        self.optimizer.load_state_dict(content["optimizer"])
+        checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
         self.epoch, self.best = content["epoch"], content["best"]
         best = path.with_name("model_best.pt")
         # A run that was killed between its two writes left the best of the epoch after: it comes again.
