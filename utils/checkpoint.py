@@ -7,6 +7,7 @@ was trained on, so that a file needs nothing beside it. Plain dictionaries of te
 
 import argparse
 import io
+import mmap
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -42,8 +43,7 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
+        _check_file(path)
         # A Namespace, the flags that training scripts keep beside the weights, is as harmless as a dictionary.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: what matters of them is in the error
@@ -57,16 +57,19 @@ def load(path: Path) -> Any:
     return content
 
 
-def _check_archive(path: Path) -> None:
-    """Look at the checksums, which torch.load leaves out, and at what the archive says that it unpacks to.
+def _check_file(path: Path) -> None:
+    """What torch.load leaves out: the checksums of an archive, how much it unpacks to, and bytearrays of any length.
 
     Raises:
-        zipfile.BadZipFile: one of them is not right; zipfile has other errors, too, for an archive that is damaged.
+        Exception: it is damaged, or made to exhaust the memory.
     """
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size or archive.testzip():
-            raise zipfile.BadZipFile
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise ValueError("a bytearray, which no file of weights needs")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_size != entry.file_size for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("another archive than torch.save writes, or a damaged one")
 
 
 def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
@@ -148,12 +151,13 @@ def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: s
     Raises:
         UserError: it is of other parameters.
     """
-    state = {i: entry for i, entry in content["state"].items() if entry.get("momentum_buffer") is not None}
-    buffers = {f"momentum {i}": entry["momentum_buffer"] for i, entry in state.items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    own = {f"momentum {i}": parameter for i, parameter in enumerate(parameters) if i in state}
-    check_match(own, buffers, source)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    state = content["state"].items()
+    buffers = {i: entry["momentum_buffer"] for i, entry in state if entry.get("momentum_buffer") is not None}
+    own = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    check_match({i: own[i] for i in buffers.keys() & own.keys()}, buffers, f"{source}: momentum")
+    if buffers:  # zeros for the others, which no gradient has reached so far
+        state = {i: {"momentum_buffer": buffers.get(i, torch.zeros_like(own[i]))} for i in own}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:
@@ -176,14 +180,14 @@ def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], 
 def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
     """Raise a UserError unless `given` has the names, shapes and kinds of number of `own`, and is finite."""
     problems = []
-    if missing := [key for key in own if key not in given and not key.endswith("num_batches_tracked")]:
+    if missing := [key for key in own if key not in given and not str(key).endswith("num_batches_tracked")]:
         problems.append(f"{len(missing)} missing, first {missing[0]}")
     if unexpected := [key for key in given if key not in own]:
         problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
-    forms = ((key, _form(given[key]), _form(value)) for key, value in own.items() if key in given)
-    problems += [
-        f"{key} is {form} in the file, {wanted} in the network" for key, form, wanted in forms if form != wanted
-    ][:1]
+    for key in own:
+        if key in given and _form(given[key]) != _form(own[key]):
+            problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
+            break
     if problems:
         raise UserError(f"{source} does not match: {'; '.join(problems)}")
     for key, value in given.items():
@@ -209,7 +213,7 @@ def _restore(
     def builder() -> nn.Module:
         try:
             check_architecture(meta["arch"], meta["model"])
-            return build(meta["model"], **specification, **meta.get("build") or {})
+            return build(meta["model"], **specification, **meta.get("build", {}))
         except Exception as error:  # whatever is wrong with what the file says
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 

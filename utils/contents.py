@@ -12,6 +12,7 @@ CHECKPOINT, NETWORK = "training checkpoint", "exported network"
 PARTS, DEPTH = 1_000_000, 20  # more than any file of this program has
 
 Schema = Callable[[Any], bool] | dict[str, "Schema"]
+"""What a value must satisfy; of a dictionary, each of its parts, of which those with a ? may be missing."""
 
 
 def kind_of(content: Any) -> str | None:
@@ -53,13 +54,18 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _mismatch(value: Any, schema: Schema, name: str) -> str | None:
-    """The name of the first part of `value` that is not as `schema` says; what is missing counts as None."""
+    """The name of the first part of `value` that is not as `schema` says."""
     if not isinstance(schema, dict):
         return None if schema(value) else name
     if not isinstance(value, dict):
         return name
-    parts = (_mismatch(value.get(key), part, f"{name}.{key}".lstrip(".")) for key, part in schema.items())
-    return next(filter(None, parts), None)
+    for key, part in schema.items():
+        required, key = not key.endswith("?"), key.removesuffix("?")
+        inner = f"{name}.{key}".lstrip(".")
+        fault = _mismatch(value[key], part, inner) if key in value else inner if required else None
+        if fault:
+            return fault
+    return None
 
 
 def _is_text(value: Any) -> bool:
@@ -141,18 +147,18 @@ _META = {
     "conv": _optional(_is_text),
     "groups": _optional(_is_count),
     "pruned_num": _is_count,
-    "build": _optional(_is_dict),
+    "build?": _is_dict,
     "num_classes": _is_count,
     "classes": _list_of(lambda name: isinstance(name, str)),
     "input_size": _list_of(_is_count, 3),
     "mean": _list_of(_is_number, 3),
     "std": _list_of(_is_number, 3),
-    "networks": _optional(_list_of({"name": _is_text, "params": _is_count, "macs": _is_number} | _ACCURACIES)),
-    "history": _optional(_list_of(_is_dict)),
+    "networks?": _list_of({"name": _is_text, "params": _is_count, "macs": _is_number} | _ACCURACIES),
+    "history?": _list_of(_is_dict),
     "config": {
         "dataset": _is_text,
         "data_dir": _optional(_is_text),
-        "image_size": _optional(_is_count),
+        "image_size?": _optional(_is_count),
         "val_size": _is_number,
         "teacher_model": _is_text,
     },
