@@ -152,11 +152,11 @@ def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: s
         UserError: it is of other parameters.
     """
     state = content["state"].items()
-    buffers = {i: entry["momentum_buffer"] for i, entry in state if entry.get("momentum_buffer") is not None}
-    own = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
-    check_match({i: own[i] for i in buffers.keys() & own.keys()}, buffers, f"{source}: momentum")
+    buffers = {str(i): entry["momentum_buffer"] for i, entry in state if entry.get("momentum_buffer") is not None}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    check_match({str(i): own[i] for i in range(len(own)) if str(i) in buffers}, buffers, f"{source}: momentum")
     if buffers:  # zeros for the others, which no gradient has reached so far
-        state = {i: {"momentum_buffer": buffers.get(i, torch.zeros_like(own[i]))} for i in own}
+        state = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -180,7 +180,7 @@ def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], 
 def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
     """Raise a UserError unless `given` has the names, shapes and kinds of number of `own`, and is finite."""
     problems = []
-    if missing := [key for key in own if key not in given and not str(key).endswith("num_batches_tracked")]:
+    if missing := [key for key in own if key not in given and not key.endswith("num_batches_tracked")]:
         problems.append(f"{len(missing)} missing, first {missing[0]}")
     if unexpected := [key for key in given if key not in own]:
         problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
