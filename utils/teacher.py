@@ -1,6 +1,7 @@
 """The pretrained teacher: a standard network from a file of this program or from a public checkpoint."""
 
 import argparse
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -61,9 +62,12 @@ def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force:
     """The teacher's top-1 accuracy in % on the validation images, of which these are the targets.
 
     Raises:
-        UserError: it is hardly better than always answering the most frequent class, and not to be used by force.
+        UserError: its logits are not finite; it is hardly better than always answering the most frequent class, and not
+            to be used by force.
     """
     accuracy, chance = top1(teacher, val), 100 * np.bincount(targets).max() / len(targets)
+    if math.isnan(accuracy):
+        raise UserError("the logits of the pretrained teacher are not finite on the validation set: it cannot teach")
     if accuracy < chance + 0.05 * (100 - chance) and not force:
         raise UserError(
             f"the pretrained teacher has {accuracy:.2f} % right on the validation set, where guessing has {chance:.2f}"
