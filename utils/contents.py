@@ -1,5 +1,6 @@
 """What the files of this program hold, checked once, when a file is read: readers rely on every part of it."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e300 < value < 1e300
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_dense(value: Any) -> bool:
