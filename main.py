@@ -12,7 +12,6 @@ if __name__ == "__main__":
     ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,7 +152,7 @@ def results(
 
 def print_test(args: argparse.Namespace, job: Job, learner: Students, teacher: nn.Module | None, test: Batches) -> None:
     """Print the test accuracies of the pretrained teacher, if given, and of a training checkpoint, if there is one."""
-    path = job.best if args.resume in (None, options.RESUME_LAST) else Path(args.resume)
+    path = job.best if args.resume in (None, options.RESUME_LAST) else args.resume
     if not path.exists() and not teacher:
         raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
     accuracies = {"pretrained teacher": top1(teacher, test)} if teacher else {}

@@ -26,5 +26,5 @@ def fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if match := re.fullmatch(r"(.+)\.(\d+)\.bias", key):
             mean = f"{match[1]}.{int(match[2]) + 1}.running_mean"
             if mean in weights and weights[mean].shape == bias.shape:
-                folded[mean] = weights[mean] - folded.pop(key)
+                folded[mean] = weights[mean].float() - folded.pop(key).float()
     return folded

@@ -9,6 +9,7 @@ import torch
 
 import model
 from utils import checkpoint
+from utils.contents import CHECKPOINT
 from utils.teacher import find_file, load_teacher
 
 CPU = torch.device("cpu")
@@ -17,7 +18,8 @@ CPU = torch.device("cpu")
 def meta(name="resnet_20_sparse", **changes):
     network = {"arch": "resnet", "model": name, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
     data = {"classes": list("abcdefghij"), "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
-    return network | data | {"config": {}} | changes
+    config = {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"}
+    return network | data | {"config": config} | changes
 
 
 def exported(path, seed=0, **changes):
@@ -62,9 +64,16 @@ def training_checkpoint(path, accuracies=(50.0, 70.0, 60.0)):
     torch.manual_seed(0)
     students = [model.build("resnet_20_sparse", 10, conv="group", groups=8, pruned_num=5) for _ in accuracies]
     learner = model.online.OnlineTeacher(students, 10)
-    scores = {"accuracy": {"students": list(accuracies)}, "loss": {"students": [1.0] * len(accuracies)}}
-    content = {"epoch": 3, "model": learner.state_dict(), "optimizer": {}, "scores": scores, "best": {}, "meta": meta()}
-    checkpoint.save(path, {"kind": checkpoint.CHECKPOINT, **content})
+    content = {
+        "kind": CHECKPOINT,
+        "epoch": 3,
+        "model": learner.state_dict(),
+        "optimizer": torch.optim.SGD(learner.parameters()).state_dict(),
+        "scores": {"accuracy": {"students": list(accuracies)}, "loss": {"students": [1.0] * len(accuracies)}},
+        "best": {"epoch": 3, "student": accuracies.index(max(accuracies)), "accuracy": max(accuracies), "loss": 1.0},
+        "meta": meta(),
+    }
+    checkpoint.save(path, content)
     return learner.eval()
 
 
@@ -154,10 +163,10 @@ def change(path, edit):
         (lambda c: c["state_dict"]["bn1.running_var"].fill_(torch.nan), r"bn1\.running_var holds values"),
         (lambda c: c["meta"].update(pruned_num=99), "does not say how to build"),
         (lambda c: c["meta"].update(model="resnet_21_sparse"), "does not say how to build"),
-        (lambda c: c["meta"].pop("groups"), "is not a network that"),
-        (lambda c: c["meta"].pop("arch"), "is not a network that"),
+        (lambda c: c["meta"].pop("pruned_num"), r"meta\.pruned_num is missing or malformed"),
+        (lambda c: c["meta"].pop("arch"), r"meta\.arch is missing or malformed"),
         (lambda c: c.update(kind=[1]), "is not a network that"),
-        (lambda c: c.update(state_dict={"fc.bias": 3}), "holds no state dict"),
+        (lambda c: c.update(state_dict={"fc.bias": 3}), "state_dict is missing or malformed"),
     ],
 )
 def test_weights_that_do_not_match_are_never_loaded(tmp_path, edit, message):
@@ -300,7 +309,7 @@ def test_teachers_of_other_architectures_load_under_their_own_names(tmp_path, mo
     monkeypatch.setitem(model._BUILDERS, "tiny", Tiny)
     network = model.build("tiny")
     if wrap == "exported":
-        checkpoint.export(tmp_path / "tiny.pt", network, meta("tiny"))
+        checkpoint.export(tmp_path / "tiny.pt", network, meta("tiny", arch="tiny"))
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "tiny.pt")
     x = torch.randn(2, 3, 8, 8)

@@ -70,7 +70,8 @@ def test_exported_teacher_says_how_it_was_trained(tmp_path):
     network = model.build("resnet_20").eval()
     meta = {
         "arch": "resnet", "model": "resnet_20", "conv": None, "groups": None, "pruned_num": 0, "num_classes": 10,
-        "classes": [], "input_size": [3, 16, 16], "mean": [0.1, 0.1, 0.1], "std": [0.5, 0.5, 0.5], "config": {},
+        "classes": list("abcdefghij"), "input_size": [3, 16, 16], "mean": [0.1, 0.1, 0.1], "std": [0.5, 0.5, 0.5],
+        "config": {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"},
     }  # fmt: skip
     checkpoint.export(tmp_path / "resnet_20.pt", network, meta)
     teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)

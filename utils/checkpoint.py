@@ -7,26 +7,22 @@ was trained on, so that a file needs nothing beside it. Plain dictionaries of te
 
 import argparse
 import io
+import mmap
 import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model import build
+from model import build, check_architecture
 from model.external import is_file
+from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
-
-CHECKPOINT, NETWORK = "training checkpoint", "exported network"
-_KEYS = {
-    CHECKPOINT: {"epoch", "model", "optimizer", "scores", "best", "meta"},
-    NETWORK: {"state_dict", "meta"},
-}
-_META_KEYS = {
-    "arch", "model", "conv", "groups", "pruned_num", "num_classes", "classes", "input_size", "mean", "std", "config"
-}  # fmt: skip
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -41,19 +37,39 @@ def load(path: Path) -> Any:
     """What a file of torch.save holds, on the CPU. Tensors and plain containers only: no code in it is run.
 
     Raises:
-        UserError: no such file, or one that torch.load does not read safely.
+        UserError: no such file, one that is damaged or that torch.load does not read safely, or a file of this program
+            without all that belongs in it.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
+        _check_file(path)
         # A Namespace, the flags that training scripts keep beside the weights, is as harmless as a dictionary.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about odd pickles: what matters of them is in the error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
         raise UserError(
             f"{path} cannot be read as a checkpoint: it is damaged, cut off, no checkpoint, or holds more than weights"
         ) from error
+    if kind_of(content) and (fault := find_fault(content)):
+        raise UserError(f"{path} is no whole {kind_of(content)}: {fault} is missing or malformed")
+    return content
+
+
+def _check_file(path: Path) -> None:
+    """What torch.load leaves out: the checksums of an archive, how much it unpacks to, and bytearrays of any length.
+
+    Raises:
+        Exception: it is damaged, or made to exhaust the memory.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise ValueError("a bytearray, which no file of weights needs")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_size != entry.file_size for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("another archive than torch.save writes, or a damaged one")
 
 
 def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
@@ -118,52 +134,87 @@ def best_of(scores: dict[str, dict[str, Any]]) -> int:
     return max(range(len(accuracies)), key=lambda i: (accuracies[i], -losses[i]))
 
 
-def kind_of(content: Any) -> str | None:
-    """CHECKPOINT or NETWORK for complete files of this program, None for others."""
-    for kind, keys in _KEYS.items():
-        if isinstance(content, dict) and content.get("kind") == kind and keys <= content.keys():
-            meta = content["meta"]
-            return kind if isinstance(meta, dict) and meta.keys() >= _META_KEYS else None
-    return None
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load a state dict that must match exactly.
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that must match exactly; only `num_batches_tracked`, which old files lack, may be missing.
 
     Raises:
         UserError: it does not; the first missing, unexpected and misshapen keys are named.
     """
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{source} cannot be used: it holds no state dict")
     own = network.state_dict()
+    check_match(own, weights, source)
+    network.load_state_dict({**own, **weights})  # a plain dictionary: the file's remarks on versions stay behind
+
+
+def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: str) -> None:
+    """Restore what SGD remembers of the parameters; its settings stay those of the flags.
+
+    Raises:
+        UserError: it is of other parameters.
+    """
+    state = content["state"].items()
+    buffers = {str(i): entry["momentum_buffer"] for i, entry in state if entry.get("momentum_buffer") is not None}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    check_match({str(i): own[i] for i in range(len(own)) if str(i) in buffers}, buffers, f"{source}: momentum")
+    if buffers:  # zeros for the others, which no gradient has reached so far
+        state = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:
+    """The network that `builder` makes, with these weights.
+
+    Raises:
+        UserError: they do not match. This is found out before the network gets any memory: a file of a few bytes may
+            ask for a network of any size.
+    """
+    expected = None
+    with suppress(Exception), torch.device("meta"):  # a few networks cannot be built there; other errors come again
+        expected = builder().state_dict()
+    if expected is not None:
+        check_match(expected, weights, source)
+    network = builder()
+    load_weights(network, weights, source)
+    return network
+
+
+def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError unless `given` has the names, shapes and kinds of number of `own`, and is finite."""
     problems = []
-    if missing := [key for key in own if key not in weights]:
+    if missing := [key for key in own if key not in given and not key.endswith("num_batches_tracked")]:
         problems.append(f"{len(missing)} missing, first {missing[0]}")
-    if unexpected := [key for key in weights if key not in own]:
+    if unexpected := [key for key in given if key not in own]:
         problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
     for key in own:
-        if key in weights and weights[key].shape != own[key].shape:
-            problems.append(f"{key} is {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the network")
+        if key in given and _form(given[key]) != _form(own[key]):
+            problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
             break
     if problems:
         raise UserError(f"{source} does not match: {'; '.join(problems)}")
-    for key, value in weights.items():
-        if not value.isfinite().all():
+    for key, value in given.items():
+        if not value.to(own[key].dtype).isfinite().all():
             raise UserError(f"{source} cannot be used: {key} holds values that are not finite")
-    network.load_state_dict(weights)
+
+
+def _form(tensor: Tensor) -> str:
+    """Shape and kind of number; how precise the numbers are does not matter."""
+    kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "whole"
+    return f"{tuple(tensor.shape)} {kind}".strip()
 
 
 def _restore(
     path: Path, weights: dict[str, Tensor], meta: dict[str, Any], arch: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    if is_file(str(meta["arch"])):
+    if is_file(meta["arch"]):
         if not is_file(arch):
             raise UserError(f"{path} needs the code that built its network: give --arch {meta['arch']}")
         meta = meta | {"arch": arch}
-    try:
-        specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
-        network = build(meta["model"], **specification, **meta.get("build", {}))
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
-        raise UserError(f"{path} does not say how to build its network: {error}") from error
-    load_weights(network, weights, f"{path} as {meta['model']}")
-    return network.eval(), meta
+    specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
+
+    def builder() -> nn.Module:
+        try:
+            check_architecture(meta["arch"], meta["model"])
+            return build(meta["model"], **specification, **meta.get("build", {}))
+        except Exception as error:  # whatever is wrong with what the file says
+            raise UserError(f"{path} does not say how to build its network: {error}") from error
+
+    return build_with(weights, builder, f"{path} as {meta['model']}").eval(), meta

@@ -1,12 +1,12 @@
 """What a network costs: parameters, multiply-accumulates, measured latency."""
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +19,13 @@ class Cost(NamedTuple):
 
     params: int
     macs: int
+
+
+class Latency(NamedTuple):
+    """median: of repeated passes, in ms; spread: from the 10th to the 90th percentile, as a share of the median."""
+
+    median: float
+    spread: float
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
@@ -54,8 +61,8 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 def latency(
     networks: Sequence[nn.Module], input_size: Sequence[int], batch_size: int, device: torch.device
-) -> list[float]:
-    """Milliseconds that each of `networks` takes for a batch: median of 5 to 30 passes, after a warm-up.
+) -> list[Latency]:
+    """What each of `networks` takes for a batch, by 5 to 30 passes after a warm-up.
 
     Moves the networks to the device, in channels_last and eval mode; in float32. They take turns, so that a change in
     the machine's load meets all of them.
@@ -76,4 +83,5 @@ def latency(
                 network(images)
                 wait()
                 taken.append(1e3 * (time.perf_counter() - started))
-    return [statistics.median(taken) for taken in times]
+    quantiles = [np.percentile(taken, (10, 50, 90)).tolist() for taken in times]
+    return [Latency(median, (high - low) / median) for low, median, high in quantiles]

@@ -165,7 +165,10 @@ class Trainer:
             UserError: a loss is not finite. The checkpoints on the disk are those of the last good epoch.
         """
         if keep_initial and self.epoch == 0:
-            self._keep_best(evaluate(self.learner, val), job, meta)
+            scores = evaluate(self.learner, val)
+            if not all(map(math.isfinite, flatten(scores).values())):
+                raise UserError("the logits of the student to refine are not finite on the validation set")
+            self._keep_best(scores, job, meta)
         started, first = time.perf_counter(), self.epoch
         while self.epoch < self.num_epochs:
             self.epoch += 1
@@ -176,7 +179,7 @@ class Trainer:
             images_per_second = train.num_images / (time.perf_counter() - epoch_started)
             scores = evaluate(self.learner, val)
             rate = self.rate(len(train), len(train))
-            self._check_finite(flatten(scores["loss"]), "on the validation set", rate, job)
+            self._check_finite(flatten(scores), "on the validation set", rate, job)
 
             self._keep_best(scores, job, meta)
             job.add_metrics(self.epoch, rate, train_scores, scores)
@@ -206,7 +209,7 @@ class Trainer:
         if any(content["meta"][key] != meta[key] for key in ("classes", "mean", "std")):
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         checkpoint.load_weights(self.learner, content["model"], str(path))
-        self.optimizer.load_state_dict(content["optimizer"])
+        checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
         self.epoch, self.best = content["epoch"], content["best"]
         best = path.with_name("model_best.pt")
         # A run that was killed between its two writes left the best of the epoch after: it comes again.
@@ -255,14 +258,18 @@ class Trainer:
 
 
 def evaluate(learner: Students, batches: Batches) -> Scores:
-    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported."""
+    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported.
+
+    The accuracy of a network that gives a logit that is not finite is NaN.
+    """
     learner.eval()
     count = correct = loss = 0
     with torch.inference_mode():
         for images, targets in batches:
             logits = _all_logits(*learner(images))
             count += len(targets)  # not batches.num_images, of which some may turn out to be damaged
-            correct = correct + (logits.argmax(-1) == targets).sum(1)
+            hits = (logits.argmax(-1) == targets).float()
+            correct = correct + hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(1)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
             loss = loss + losses.view(len(logits), -1).sum(1)
     return {

@@ -13,6 +13,10 @@ REFUSALS = {
 }
 
 
+# What PyTorch says, in a RuntimeError, on each kind of device; NumPy and Python raise a MemoryError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
+
+
 class UserError(ValueError):
     """What is wrong and what to do about it, in one line."""
 
@@ -24,11 +28,21 @@ def exit_with(error: object) -> NoReturn:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError or a refusal ends it with one line and code 2, Ctrl-C with code 130."""
+    """Run a script's main; a UserError, a refusal or a lack of memory ends it with one line and code 2.
+
+    Ctrl-C ends it with code 130.
+    """
     try:
         main()
     except UserError as error:
         exit_with(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        exit_with(
+            "out of memory: lower --train_batch_size, --eval_batch_size, --num_students or --image_size, or take a "
+            "smaller network"
+        )
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

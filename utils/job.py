@@ -18,6 +18,7 @@ from utils.files import atomic_write
 from utils.options import RESUME_LAST
 
 PHASES = ("train", "test")
+MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
 
 
 class Job:
@@ -40,21 +41,29 @@ class Job:
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
 
-    def checkpoint_to_resume(self, resume: str | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
+    def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
         """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
 
         Args:
             inputs: files and folders that the run reads, which --reset must not delete.
 
         Raises:
-            UserError: the folder cannot be written, holds a run that is neither resumed nor reset, or an input.
+            UserError: the folder cannot be written, holds a run that is neither resumed nor reset, or an input, or
+                files of these names that are not a run's; --reset would delete behind a symbolic link.
         """
         doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
         for path in filter(None, inputs):
             if not doomed.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
                 raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
-        resumed = self.last if resume == RESUME_LAST else Path(resume) if resume else None
+        resumed = self.last if resume == RESUME_LAST else resume
         own = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
+        existing = sorted(path for path in self._files() if path.exists())
+        if existing and not self._earlier_config() and not (own and resumed.exists()):
+            raise UserError(
+                f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
+            )
+        if reset and (linked := [path for path in existing if not self._is_inside(path)]):
+            raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
         held = [path for path in (self.last, self.best, self.export, self.report_json) if path.exists()]
         if held and not (own or reset):
             raise UserError(
@@ -99,11 +108,21 @@ class Job:
         """What a run writes, tensorboard aside; with the network that the run here before exported."""
         files = {self.config, self.log_file, self.metrics, self.last, self.best, self.export}
         files |= {self.report, self.report_json, self.curves}
-        if self.config.is_file():
-            with suppress(ValueError, KeyError, TypeError):  # not a config.json of this program
-                exported = export_name(json.loads(self.config.read_text(encoding="utf-8")))
-                files.add(self.folder / Path(exported).name)
+        if earlier := self._earlier_config():
+            with suppress(KeyError, TypeError):
+                files.add(self.folder / Path(export_name(earlier)).name)
         return files
+
+    def _earlier_config(self) -> dict[str, Any] | None:
+        """The configuration of the run here before; None if no config.json of this program is here."""
+        with suppress(OSError, ValueError):
+            config = json.loads(self.config.read_text(encoding="utf-8"))
+            return config if isinstance(config, dict) and config.keys() >= MARKS else None
+        return None
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether it is in the folder itself, not behind a symbolic link that leads out of it."""
+        return path.parent.resolve().is_relative_to(self.folder.resolve())
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
@@ -115,7 +134,7 @@ class Job:
 
     def _delete_events(self) -> None:
         for phase in PHASES:
-            for events in (self.events / phase).glob("events.out.tfevents.*"):
+            for events in filter(self._is_inside, (self.events / phase).glob("events.out.tfevents.*")):
                 events.unlink()
 
     def add_metrics(self, epoch: int, lr: float, train: dict[str, Any], val: dict[str, Any]) -> None:
@@ -156,10 +175,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
     ):
         if line.endswith("\n"):
-            try:
-                metrics.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset") from error
+            epoch = None
+            with suppress(ValueError):
+                epoch = json.loads(line)
+            if not isinstance(epoch, dict) or not epoch.keys() >= {"epoch", "lr", "train", "val"}:
+                raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset")
+            metrics.append(epoch)
     return metrics
 
 

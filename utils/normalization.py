@@ -1,5 +1,7 @@
 """Mean and std of the channels, of pixels in 0 .. 1, by which images are normalized."""
 
+from collections.abc import Sequence
+
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
 
 NORMALIZATIONS: dict[str, MeanStd] = {
@@ -19,6 +21,11 @@ def parse(text: str) -> MeanStd:
     if text in NORMALIZATIONS:
         return NORMALIZATIONS[text]
     mean, std = (tuple(map(float, part.split(","))) for part in text.split("/"))
-    if len(mean) != 3 or len(std) != 3 or not all(-1e3 < x < 1e3 for x in mean) or not all(1e-3 < x < 1e3 for x in std):
+    if not is_plausible(mean, std):
         raise ValueError("not three means and three positive standard deviations")
     return mean, std
+
+
+def is_plausible(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether they are three means and three standard deviations that one can divide by."""
+    return len(mean) == len(std) == 3 and all(-1e3 < x < 1e3 for x in mean) and all(1e-3 < x < 1e3 for x in std)

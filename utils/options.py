@@ -16,7 +16,7 @@ from utils.errors import UserError, exit_with
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
 RUN_CONTROL = ("resume", "reset", "test_only", "force")
-RESUME_LAST = "last"  # what a bare --resume stands for
+RESUME_LAST = Path("last")  # what a bare --resume stands for
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +42,8 @@ def _path(text: str) -> Path:
         text.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"must be valid UTF-8, not {text!a}") from None
+    if not text:  # a shell's variable that is not set, which would mean the current folder
+        raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
 
 
@@ -197,6 +199,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         "--resume",
         nargs="?",
         const=RESUME_LAST,
+        type=_path,
         metavar="FILE",
         help="continue from a checkpoint (bare: the last one of the job_dir)",
     )

@@ -1,10 +1,12 @@
 """What a run achieved: report.md, report.json and the table that is printed last."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,12 +20,17 @@ from utils.files import atomic_write
 from utils.job import Job
 
 LATENCY_BATCHES = (1, 256)
+UNSTEADY = 0.5  # spread of a latency from which on it is marked
+MARK = "(unsteady)"
 ONLINE_TEACHER = "online teacher"
 COSTS = ("params", "macs", *(f"latency_{batch}" for batch in LATENCY_BATCHES))
 
 
 class Row(NamedTuple):
-    """A network in a report; accuracies are top-1 in %, None where unknown. Its latency is measured if it is given."""
+    """A network in a report; accuracies are top-1 in %, None where unknown, NaN where its logits are not finite.
+
+    Its latency is measured if it is given.
+    """
 
     name: str
     cost: Cost
@@ -45,27 +52,28 @@ def publish(
         rows: the standard network first; the best student's has its network.
     """
     best = trainer.best_student
-    accuracy = next({"val": row.val, "test": row.test} for row in rows if row.network is best)
-    networks = [{"name": row.name, **row.cost._asdict(), "val": row.val, "test": row.test} for row in rows]
+    accuracy = next(_accuracies(row) for row in rows if row.network is best)
+    networks = [{"name": row.name, **row.cost._asdict(), **_accuracies(row)} for row in rows]
     meta = meta | {"accuracy": accuracy, "networks": networks}
     checkpoint.export(job.export, best, meta)
     draw_curves(job, trainer.best, rows[0].val if rows[0].network is not best else None)
     table = compare(rows, dataset.input_size, device)
-    _write(job, table, trainer, meta, dataset, device)
+    doubts = [*_skipped(dataset), *_unseen(dataset), *_not_finite(rows), *_unsteady(table)]
+    _write(job, table, doubts, trainer, meta, dataset, device)
     job.logger.info(f"\n{summary(table)}\n\nexported {job.export}; more in {job.report}")
 
 
 def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
-    """The rows as plain values, with latencies (ms by batch size) and the ratio of each to the first row's.
+    """The rows as plain values, with latencies (ms by batch size), their spread, and the ratio of each to the first's.
 
     Ratios say how many times smaller, cheaper and faster a network is: above 1 is better.
     """
-    table = [{"name": row.name, "val": row.val, "test": row.test, **row.cost._asdict()} for row in rows]
+    table = [{"name": row.name, **_accuracies(row), **row.cost._asdict()} for row in rows]
     timed = [i for i, row in enumerate(rows) if row.network]
     for batch in LATENCY_BATCHES:
         times = latency([rows[i].network for i in timed], input_size, batch, device)
-        for i, milliseconds in zip(timed, times, strict=True):
-            table[i][f"latency_{batch}"] = milliseconds
+        for i, time in zip(timed, times, strict=True):
+            table[i] |= {f"latency_{batch}": time.median, f"spread_{batch}": time.spread}
     for entry in table:
         entry["ratios"] = {key: table[0][key] / entry[key] for key in entry if key in COSTS}
     return table
@@ -74,6 +82,7 @@ def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device
 def _write(
     job: Job,
     table: list[dict[str, Any]],
+    doubts: list[str],
     trainer: Trainer,
     meta: dict[str, Any],
     dataset: DataSet,
@@ -85,7 +94,7 @@ def _write(
     }  # fmt: skip
     notes = [
         headline(dataset),
-        *_skipped(dataset),
+        *doubts,
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
@@ -135,6 +144,49 @@ def _skipped(dataset: DataSet) -> list[str]:
     return [f"Left out because they cannot be read: {count}, such as {path} ({reason})."]
 
 
+def _unseen(dataset: DataSet) -> list[str]:
+    """A note of each split that lacks images of a class."""
+    splits = {"training": dataset.train, "validation": dataset.val, "test": dataset.test}
+    if dataset.val is dataset.test:
+        del splits["validation"]
+    notes = []
+    for name, split in splits.items():
+        counts = np.bincount(split.targets, minlength=len(dataset.classes))
+        if missing := [dataset.classes[i] for i in np.flatnonzero(counts == 0)]:
+            listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            listed = listed.encode(errors="backslashreplace").decode()  # a folder may have any name
+            notes.append(f"No {name} image is of these classes, about which its accuracies say nothing: {listed}.")
+    return notes
+
+
+def _not_finite(rows: Sequence[Row]) -> list[str]:
+    """A note of each network whose answers are no numbers."""
+    splits = {"validation": "val", "test": "test"}
+    broken = [(row.name, split) for row in rows for split, key in splits.items() if _is_nan(getattr(row, key))]
+    return [
+        f"The logits of {name} are not finite on some {split} images: it has no accuracy." for name, split in broken
+    ]
+
+
+def _unsteady(table: list[dict[str, Any]]) -> list[str]:
+    """A note that explains the mark of unsteady latencies, if there are any."""
+    spread = max((row.get(f"spread_{batch}", 0) for row in table for batch in LATENCY_BATCHES), default=0)
+    if spread <= UNSTEADY:
+        return []
+    return [
+        f"Latencies marked {MARK} vary by more than {UNSTEADY:.0%} of their median between passes, the worst by "
+        f"{spread:.0%}: the machine was busy, or its clock changed; measure them again before relying on them."
+    ]
+
+
+def _accuracies(row: Row) -> dict[str, float | None]:
+    return {key: None if _is_nan(value) else value for key, value in (("val", row.val), ("test", row.test))}
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is not None and math.isnan(value)
+
+
 def _selection(dataset: DataSet) -> str:
     if dataset.val is dataset.test:
         return "on the TEST set (--val_size 0), as the released code did: the test accuracy of the best is optimistic"
@@ -150,11 +202,13 @@ def _cost_table(table: list[dict[str, Any]]) -> list[str]:
     header = ["network", "parameters", "smaller", "MACs", "fewer"]
     header += [title for batch in LATENCY_BATCHES for title in (f"latency, batch {batch}", "faster")]
     lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    latencies = [f"latency_{batch}" for batch in LATENCY_BATCHES]
     for row in table:
-        if latencies[0] in row:  # the other students cost what the best one costs
+        if f"latency_{LATENCY_BATCHES[0]}" in row:  # the other students cost what the best one costs
             cells = [row["name"], f"{row['params']:,}", _times(row, "params"), _mega(row), _times(row, "macs")]
-            lines.append(cells + [cell for key in latencies for cell in (f"{row[key]:.2f} ms", _times(row, key))])
+            for batch in LATENCY_BATCHES:
+                mark = f" {MARK}" if row[f"spread_{batch}"] > UNSTEADY else ""
+                cells += [f"{row[f'latency_{batch}']:.2f} ms{mark}", _times(row, f"latency_{batch}")]
+            lines.append(cells)
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

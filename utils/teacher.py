@@ -1,7 +1,9 @@
 """The pretrained teacher: a standard network from a file of this program or from a public checkpoint."""
 
 import argparse
+import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from data.loader import Batches
 from data.sources import DataSet
 from model import architecture_of, build, external, from_public, variant_for
-from utils.checkpoint import CHECKPOINT, NETWORK, kind_of, load, load_student, load_weights
+from utils.checkpoint import build_with, load, load_student
+from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
 from utils.engine import top1
 from utils.errors import UserError
@@ -59,9 +62,12 @@ def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force:
     """The teacher's top-1 accuracy in % on the validation images, of which these are the targets.
 
     Raises:
-        UserError: it is hardly better than always answering the most frequent class, and not to be used by force.
+        UserError: its logits are not finite; it is hardly better than always answering the most frequent class, and not
+            to be used by force.
     """
     accuracy, chance = top1(teacher, val), 100 * np.bincount(targets).max() / len(targets)
+    if math.isnan(accuracy):
+        raise UserError("the logits of the pretrained teacher are not finite on the validation set: it cannot teach")
     if accuracy < chance + 0.05 * (100 - chance) and not force:
         raise UserError(
             f"the pretrained teacher has {accuracy:.2f} % right on the validation set, where guessing has {chance:.2f}"
@@ -114,9 +120,8 @@ def load_teacher(
         published = _state_dict(content, file)
         weights, told = from_public(arch, published)
         variant = (variant or {}) | told
-        network = build(name, num_classes, arch=arch, **variant)
-        untracked = {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")}
-        load_weights(network, untracked | weights, f"{file} as {name} with {num_classes} classes")
+        builder = partial(build, name, num_classes, arch=arch, **variant)
+        network = build_with(weights, builder, f"{file} as {name} with {num_classes} classes")
         wanted = _published_normalization(content, published, arch, name, variant)
     wanted = parse(norm) if norm else wanted
     if given and wanted and not np.allclose(given, wanted):
@@ -175,8 +180,7 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    tensors = isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())
-    if not tensors or not all(isinstance(key, str) for key in content):
+    if not is_state_dict(content):
         raise UserError(f"{file} holds no state dict, neither bare nor under {_listed(WRAPPERS)}")
     return {_without_prefixes(key): value for key, value in content.items()}
 

@@ -1,0 +1,64 @@
+"""How scripts end when the machine refuses."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from utils.errors import run_script
+
+HUGE = 2**50
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray], ids=["torch", "numpy", "python"])
+def test_lack_of_memory_names_the_flags_to_lower(capsys, allocate):
+    with pytest.raises(SystemExit) as exit_:
+        run_script(lambda: allocate(HUGE))
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: lower --train_batch_size, --eval_batch_size, --num_students")
+
+
+def test_what_cuda_says_is_known(capsys):
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 1 GiB")
+
+    with pytest.raises(SystemExit):
+        run_script(step)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="must match"):
+        run_script(lambda: torch.zeros(2) + torch.zeros(3))
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_the_memory_ends_in_one_line(tmp_path):
+    """A limit half a gigabyte above what the imports took stands in for a small machine."""
+    code = """
+import resource, sys
+import main
+from utils import errors, options
+args = options.parse("main", sys.argv[1:])
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**29
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+errors.run_script(lambda: main.main(args))
+"""
+    flags = ("--dataset", "digits", "--train_batch_size", 1437, "--num_epochs", 1, "--compile", "off")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, flags), "--job_dir", tmp_path / "job"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "error: out of memory" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

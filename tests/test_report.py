@@ -1,0 +1,134 @@
+"""What a report says of numbers that cannot be relied upon."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import finetune
+import main
+from data.loader import Batches
+from data.sources import Split
+from model.online import Students
+from tests.helpers import make_tree, report_of
+from utils import checkpoint, options, report
+from utils.cost import Cost, latency
+from utils.engine import evaluate, top1
+from utils.errors import UserError
+from utils.report import Row
+from utils.teacher import check_accuracy
+
+CPU = torch.device("cpu")
+
+
+class FirstPixel(nn.Module):
+    """Two logits: the value of the first pixel, or what replaces 0, and its negative."""
+
+    def __init__(self, zero=0.0):
+        super().__init__()
+        self.zero = zero
+
+    def forward(self, x):
+        value = x[:, 0, 0, 0].where(x[:, 0, 0, 0] != 0, self.zero)
+        return torch.stack([value, -value], dim=1)
+
+
+def batches(*pixels, batch_size=2):
+    images = np.zeros((len(pixels), 2, 2, 3), np.uint8)
+    images[:, 0, 0, 0] = pixels
+    return Batches(Split(images, np.zeros(len(pixels), np.int64)), batch_size, (0, 0, 0), (1, 1, 1), CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_network_with_any_logit_that_is_not_finite_has_no_accuracy(value):
+    """Though argmax finds a class in its answers, and the right one in some; another network is not affected."""
+    scores = evaluate(Students([FirstPixel(value), FirstPixel(1.0)]), batches(5, 0, 7))
+    broken, sound = scores["accuracy"]["students"]
+    assert np.isnan(broken)
+    assert sound == 100
+    assert top1(FirstPixel(value), batches(5, 6, 7)) == 100
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_refused_by_force_too():
+    with pytest.raises(UserError, match="not finite"):
+        check_accuracy(FirstPixel(float("nan")), batches(5, 0), np.zeros(2, np.int64), force=True)
+
+
+def test_accuracies_that_are_none_are_said_to_be():
+    row = Row("student 1", Cost(1, 1), val=50.0, test=float("nan"), network=FirstPixel())
+    (entry,) = report.compare([row], (3, 2, 2), CPU)
+    assert (entry["val"], entry["test"]) == (50.0, None)
+    assert json.dumps(entry, allow_nan=False)
+    assert report._not_finite([row]) == [
+        "The logits of student 1 are not finite on some test images: it has no accuracy."
+    ]
+
+
+class Slow(nn.Module):
+    """Takes 20 ms every other time."""
+
+    def __init__(self, milliseconds=20):
+        super().__init__()
+        self.milliseconds, self.calls = milliseconds, 0
+
+    def forward(self, x):
+        self.calls += 1
+        time.sleep(1e-3 * (1 + self.milliseconds * (self.calls % 2)))
+        return x
+
+
+def test_spread_tells_a_steady_network_from_an_unsteady_one():
+    steady, unsteady = latency([Slow(0), Slow()], (3, 2, 2), 1, CPU)
+    assert unsteady.spread > report.UNSTEADY
+    assert unsteady.spread > steady.spread
+
+
+def test_unsteady_latencies_are_marked_and_explained():
+    entry = {"name": "a", "params": 1, "macs": 10**6, "ratios": dict.fromkeys(report.COSTS, 1.0)}
+    entry |= {"latency_1": 2.0, "latency_256": 9.0, "spread_1": 0.8, "spread_256": 0.1}
+    assert "| 2.00 ms (unsteady) | 1.00x | 9.00 ms | 1.00x |" in report._cost_table([entry])[-1]
+    (note,) = report._unsteady([entry])
+    assert "more than 50%" in note
+    assert "the worst by 80%" in note
+    assert report._unsteady([entry | {"spread_1": 0.5}]) == []
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes, of which the test set lacks one."""
+    make_tree(tmp_path / "set", classes=("cat", "dog", "eel"), size=(4, 4))
+    for image in (tmp_path / "set" / "test" / "eel").iterdir():
+        image.unlink()
+    return tmp_path
+
+
+def student(tree, job, *flags):
+    data = ("--dataset", "folder", "--data_dir", tree / "set", "--teacher_model", "resnet_20", "--num_students", 1)
+    args = (*data, "--num_epochs", 1, "--lambda", 0, "--compile", "off", "--job_dir", tree / job, *flags)
+    main.main(options.parse("main", list(map(str, args))))
+    return tree / job
+
+
+@pytest.mark.slow
+def test_missing_classes_are_named(tree):
+    notes = report_of(student(tree, "job", "--val_size", 2))["notes"]
+    text = (tree / "job" / "report.md").read_text()
+    assert "No test image is of these classes, about which its accuracies say nothing: eel." in notes
+    assert sum("No validation image is of these classes" in note for note in notes) == 1
+    assert not any("No training image" in note for note in notes)
+    assert all(f"- {note}" in text for note in notes)
+
+
+@pytest.mark.slow
+def test_a_student_with_logits_that_are_not_finite_is_not_refined(tree):
+    """Finite weights that compute NaN: a variance below zero."""
+    job = student(tree, "job")
+    content = checkpoint.load(job / "resnet_pruned_18.pt")
+    content["state_dict"]["bn1.running_var"].fill_(-1)
+    checkpoint.save(tree / "broken.pt", content)
+    flags = ("--refine", tree / "broken.pt", "--pruned", "--num_epochs", 1, "--job_dir", tree / "refined")
+    with pytest.raises(UserError, match="not finite on the validation set"):
+        finetune.main(options.parse("finetune", list(map(str, flags))))

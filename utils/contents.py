@@ -1,0 +1,177 @@
+"""What the files of this program hold, checked once, when a file is read: readers rely on every part of it."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import normalization
+
+CHECKPOINT, NETWORK = "training checkpoint", "exported network"
+PARTS, DEPTH = 1_000_000, 20  # more than any file of this program has
+
+Schema = Callable[[Any], bool] | dict[str, "Schema"]
+"""What a value must satisfy; of a dictionary, each of its parts, of which those with a ? may be missing."""
+
+
+def kind_of(content: Any) -> str | None:
+    """CHECKPOINT or NETWORK for a file of this program, None for others."""
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return next((known for known in SCHEMAS if kind == known), None)
+
+
+def find_fault(content: dict[str, Any]) -> str | None:
+    """The first part of a file of this program that is missing or malformed, as in "meta.mean"; None if there is none.
+
+    What it lets pass can be computed with, written as JSON and compared; it does not say that the weights fit.
+    """
+    if fault := _mismatch(content, SCHEMAS[content["kind"]], ""):
+        return fault
+    meta = content["meta"]
+    if not _is_plain(meta):
+        return "meta"
+    if len(meta["classes"]) != meta["num_classes"]:
+        return "meta.num_classes"
+    if not normalization.is_plausible(meta["mean"], meta["std"]):
+        return "meta.mean or meta.std"
+    if content["kind"] == CHECKPOINT:
+        students = len({key.split(".")[1] for key in content["model"] if key.startswith("students.")})
+        if any(len(scores["students"]) != students for scores in content["scores"].values()):
+            return "scores"
+        if content["best"]["student"] >= students:
+            return "best.student"
+    return None
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is a dictionary of dense tensors by name, each with memory of its own for all of its numbers."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(key, str) and len(key) <= 1000 and _is_dense(tensor) for key, tensor in value.items())
+    )
+
+
+def _mismatch(value: Any, schema: Schema, name: str) -> str | None:
+    """The name of the first part of `value` that is not as `schema` says."""
+    if not isinstance(schema, dict):
+        return None if schema(value) else name
+    if not isinstance(value, dict):
+        return name
+    for key, part in schema.items():
+        required, key = not key.endswith("?"), key.removesuffix("?")
+        inner = f"{name}.{key}".lstrip(".")
+        fault = _mismatch(value[key], part, inner) if key in value else inner if required else None
+        if fault:
+            return fault
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    """Of a length and of characters that a path may have."""
+    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
+        return False
+    return value.encode(errors="ignore").decode() == value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_dense(value: Any) -> bool:
+    """A strided tensor on the CPU that is no larger than its memory: none that repeats a number without end."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(part: Schema, length: int | None = None) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        is_list = isinstance(value, list | tuple) and length in (None, len(value))
+        return is_list and all(_mismatch(entry, part, "entry") is None for entry in value)
+
+    return check
+
+
+def _is_momentum(value: Any) -> bool:
+    """What SGD remembers: {index: {"momentum_buffer": tensor or None}}."""
+    return isinstance(value, dict) and all(
+        _is_count(index) and isinstance(state, dict) and _optional(_is_dense)(state.get("momentum_buffer"))
+        for index, state in value.items()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can say it. It ends for cycles and for parts that are used over and over, too."""
+    stack, parts = [(value, 0)], 0
+    while stack:
+        part, depth = stack.pop()
+        parts += 1
+        if parts > PARTS or depth > DEPTH:
+            return False
+        if isinstance(part, dict):
+            if not all(isinstance(key, str) for key in part):
+                return False
+            stack.extend((entry, depth + 1) for entry in part.values())
+        elif isinstance(part, list | tuple):
+            if len(part) > PARTS:
+                return False
+            stack.extend((entry, depth + 1) for entry in part)
+        elif not (part is None or isinstance(part, bool | str) or _is_number(part)):
+            return False
+    return True
+
+
+_SCORES = {"students": _list_of(_is_number)}
+_ACCURACIES = {"val": _optional(_is_number), "test": _optional(_is_number)}
+_META = {
+    "arch": _is_text,
+    "model": _is_text,
+    "conv": _optional(_is_text),
+    "groups": _optional(_is_count),
+    "pruned_num": _is_count,
+    "build?": _is_dict,
+    "num_classes": _is_count,
+    "classes": _list_of(lambda name: isinstance(name, str)),
+    "input_size": _list_of(_is_count, 3),
+    "mean": _list_of(_is_number, 3),
+    "std": _list_of(_is_number, 3),
+    "networks?": _list_of({"name": _is_text, "params": _is_count, "macs": _is_number} | _ACCURACIES),
+    "history?": _list_of(_is_dict),
+    "config": {
+        "dataset": _is_text,
+        "data_dir": _optional(_is_text),
+        "image_size?": _optional(_is_count),
+        "val_size": _is_number,
+        "teacher_model": _is_text,
+    },
+}
+SCHEMAS = {
+    NETWORK: {"state_dict": is_state_dict, "meta": _META},
+    CHECKPOINT: {
+        "epoch": _is_count,
+        "model": is_state_dict,
+        "optimizer": {"state": _is_momentum},
+        "scores": {"accuracy": _SCORES, "loss": _SCORES},
+        "best": {"epoch": _is_count, "student": _is_count, "accuracy": _is_number, "loss": _is_number},
+        "meta": _META,
+    },
+}
