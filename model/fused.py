@@ -101,6 +101,7 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the kernels can do it; without gradients they normalize by running statistics, too."""
     return (
         _library is not None
+        and type(norm) is nn.BatchNorm2d  # one that many processes share is of another class
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % _LANES == 0

@@ -1,0 +1,140 @@
+"""One run in many processes, started by torchrun: one a device, each with its share of every batch.
+
+Without torchrun there is one process, and everything here does nothing. With K processes, process r takes every K-th
+image of a batch from the r-th on, DistributedDataParallel averages the gradients, and process 0 alone writes.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in place of one that died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def start(device: torch.device) -> torch.device:
+    """Meet the other processes, if there are any, and return the device that is this one's.
+
+    Raises:
+        UserError: there are more processes than devices, or they do not meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPU(s): lower --nproc_per_node of torchrun")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this run do not meet: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values`, a tensor on the CPU or the device, over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(values := values.clone())
+    return values
+
+
+def any_process(condition: bool) -> bool:
+    """Whether `condition` holds in any process."""
+    return bool(total(torch.tensor(int(condition))))
+
+
+def share(count: int) -> slice:
+    """Which of `count` things are this process's."""
+    return slice(rank(), count, world_size())
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """The first process of a machine goes first, so that the others find what it downloaded, decoded or compiled."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if world_size() > 1 and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and first:
+            dist.barrier()
+
+
+class _Total(torch.autograd.Function):
+    """`total`, of which every process's result depends on every process's values: so do the gradients."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return total(grad)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm that in training takes mean and variance over the batches of all processes, on any device.
+
+    (B, C, ...) -> (B, C, ...), B of its own in each process; at least one image in all. (torch.nn.SyncBatchNorm is for
+    GPUs alone.)
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dimensions = [0, *range(2, x.dim())]
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Each process's moments in a row of its own, for sums of squares over all would cancel.
+        local = torch.cat([
+            *torch.var_mean(values, dimensions, correction=0),
+            values.new_tensor([values.numel() / values.shape[1]]),
+        ])  # fmt: skip
+        rows = torch.zeros(world_size(), len(local), dtype=local.dtype, device=local.device)
+        rows = _Total.apply(rows.index_put((torch.tensor(rank(), device=local.device),), local))
+        variances, means, counts = rows[:, : self.num_features], rows[:, self.num_features : -1], rows[:, -1:]
+        shares = counts / counts.sum()
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            total_count = counts.sum()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * total_count / (total_count - 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (values * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """Make every BatchNorm of a network one of all processes; its state and keys stay as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SyncBatchNorm
