@@ -38,9 +38,9 @@ def find_fault(content: dict[str, Any]) -> str | None:
         return "meta.mean or meta.std"
     if content["kind"] == CHECKPOINT:
         students = len({key.split(".")[1] for key in content["model"] if key.startswith("students.")})
-        if any(len(scores["students"]) != students for scores in content["scores"].values()):
+        if any(len(scores["students"]) != students for scores in (content["scores"] or {}).values()):
             return "scores"
-        if content["best"]["student"] >= students:
+        if content["best"] and content["best"]["student"] >= students:
             return "best.student"
     return None
 
@@ -103,6 +103,10 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _as(schema: Schema) -> Callable[[Any], bool]:
+    return lambda value: _mismatch(value, schema, "part") is None
+
+
 def _list_of(part: Schema, length: int | None = None) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         is_list = isinstance(value, list | tuple) and length in (None, len(value))
@@ -140,6 +144,15 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+_BEST = {"epoch": _is_count, "student": _is_count, "accuracy": _is_number, "loss": _is_number}
+_PROGRESS = {
+    "position": _is_count,
+    "random": lambda states: isinstance(states, dict) and all(map(_is_dense, states.values())) and "cpu" in states,
+    "names": _list_of(_is_text),
+    "losses": lambda losses: _is_dense(losses) and losses.dim() == 2,
+    "sizes": lambda sizes: _is_dense(sizes) and sizes.dim() == 1,
+    "correct": lambda correct: _is_dense(correct) and correct.dim() == 1,
+}
 _SCORES = {"students": _list_of(_is_number)}
 _ACCURACIES = {"val": _optional(_is_number), "test": _optional(_is_number)}
 _META = {
@@ -170,8 +183,9 @@ SCHEMAS = {
         "epoch": _is_count,
         "model": is_state_dict,
         "optimizer": {"state": _is_momentum},
-        "scores": {"accuracy": _SCORES, "loss": _SCORES},
-        "best": {"epoch": _is_count, "student": _is_count, "accuracy": _is_number, "loss": _is_number},
+        "scores": _optional(_as({"accuracy": _SCORES, "loss": _SCORES})),  # None: its first epoch is not done
+        "best": _optional(_as(_BEST)),
+        "progress?": _optional(_as(_PROGRESS)),
         "meta": _META,
     },
 }

@@ -28,29 +28,21 @@ def exit_with(error: object) -> NoReturn:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError, a refusal or a lack of memory ends it with one line and code 2.
-
-    Ctrl-C ends it with code 130.
-    """
+    """Run a script's main; a UserError, a refusal or a lack of memory ends it with one line and code 2."""
     try:
         main()
     except UserError as error:
         exit_with(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        exit_with(
-            "out of memory: lower --train_batch_size, --eval_batch_size, --num_students or --image_size, or take a "
-            "smaller network"
-        )
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
         exit_with(f"{error.filename or 'writing'}: {error.strerror}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
-            raise
-        exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            exit_with(
+                "out of memory: lower --train_batch_size, --eval_batch_size, --num_students or --image_size, or take a "
+                "smaller network"
+            )
+        if str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
+            exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
+        raise
