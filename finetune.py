@@ -8,8 +8,10 @@ The file says what network it is and, unless flags say otherwise, which data to 
 """
 
 from utils import options
+from utils.interruption import interruption
 
 if __name__ == "__main__":
+    interruption.catch()
     ARGS = options.parse("finetune")  # before the imports below, which take seconds: --help and typos answer at once
 
 import argparse
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
-        job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
+        job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
         job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
     trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)

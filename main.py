@@ -7,8 +7,10 @@ r"""Train cheap-convolution students with an online teacher and export the best 
 """
 
 from utils import options
+from utils.interruption import interruption
 
 if __name__ == "__main__":
+    interruption.catch()
     ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
 import argparse
@@ -58,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
-        job.logger.info(f"resuming after epoch {trainer.epoch}" if resumed else "no checkpoint yet: starting anew")
+        job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
         job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
     trainer.fit(loaders.train, loaders.val, job, meta)

@@ -54,10 +54,13 @@ class AugmentedBatches(Batches):
     """Shuffled batches in which each image gets a random crop after zero padding and a random flip of its own.
 
     All randomness of an epoch is drawn at its start from (seed, epoch) alone, on the CPU: the same on every device,
-    and on a run that was resumed. A last batch of a single image is left out.
+    and on a run that was resumed, be it in the middle. A last batch of a single image is left out.
 
     Args:
         padding: pixels on each side.
+
+    Attributes:
+        position: batches of the epoch handed out so far, with those before the start.
     """
 
     def __init__(self, *args, padding: int, flip: bool, seed: int):
@@ -65,11 +68,12 @@ class AugmentedBatches(Batches):
         self.height, self.width = self.images.shape[1:3]
         self.images = F.pad(self.images, (0, 0, padding, padding, padding, padding))
         self.padding, self.flip, self.seed = padding, flip, seed
-        self.epoch = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws its randomness for."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration draws its randomness for, and the batch (from 0) it starts with."""
+        self.epoch, self.start = epoch, start
+        self.position = start
 
     @property
     def num_images(self) -> int:
@@ -84,7 +88,9 @@ class AugmentedBatches(Batches):
         rows, columns = torch.arange(self.height), torch.arange(self.width)
         rows = (corner[0] + rows).to(device)
         columns = (corner[1] + torch.where(mirrored, columns.flip(0), columns)).to(device)
-        for chosen in order.to(device).split(self.batch_size):
+        batches = order.to(device).split(self.batch_size)[self.start :]
+        for position, chosen in enumerate(batches, start=self.start + 1):
+            self.position = position
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
             yield self.normalize(crops.permute(0, 3, 1, 2)), self.targets[chosen]
 

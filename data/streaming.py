@@ -1,6 +1,8 @@
 """Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
 
+import atexit
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from data.images import DamagedImage, SkippedImages, read
 from data.loader import Normalization, epoch_seed, without_a_single_last
 from data.sources import DataSet, Split
 from utils.errors import UserError
+from utils.interruption import out_of_reach
 
 
 def training_crop(size: int) -> v2.Transform:
@@ -30,12 +33,13 @@ class InOrder:
 
     def __init__(self, count: int, batch_size: int):
         self.num_images, self.batch_size = count, batch_size
+        self.start = 0  # the batch to begin with
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for indices in torch.arange(self.num_images).split(self.batch_size):
+        for indices in torch.arange(self.num_images).split(self.batch_size)[self.start :]:
             yield [(index, 0) for index in indices.tolist()]
 
 
@@ -53,7 +57,7 @@ class Shuffled(InOrder):
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator)[: self.num_images]
         seeds = torch.randint(2**32, (self.count,), generator=generator)  # more bits than 32 would be ignored
-        for indices in order.split(self.batch_size):
+        for indices in order.split(self.batch_size)[self.start :]:
             yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))
 
 
@@ -105,6 +109,9 @@ class StreamedBatches:
         workers: processes, of which there will be no more than there are cores; 0 reads in this one.
         skipped: takes the images that cannot be read.
         smallest: batches of fewer images are left out: BatchNorm cannot train on one.
+
+    Attributes:
+        position: batches of the epoch done with so far: handed out, left out, or before the start.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class StreamedBatches:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # which it seeds workers from: the global one belongs to the networks
         )
+        atexit.register(_end_workers, weakref.ref(self.loader))
 
     @property
     def batch_size(self) -> int:
@@ -141,14 +149,19 @@ class StreamedBatches:
     def __len__(self) -> int:
         return len(self.order)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws its randomness for."""
-        self.order.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration draws its randomness for, and the batch (from 0) it starts with."""
+        self.order.epoch, self.order.start = epoch, start
+        self.position = start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, none_yet = self.normalize.device, True
+        device, start = self.normalize.device, self.order.start
+        none_yet = start == 0
         try:
-            for images, targets, damaged in self.loader:
+            with out_of_reach():
+                loaded = iter(self.loader)
+            for position, (images, targets, damaged) in enumerate(loaded, start=start + 1):
+                self.position = position
                 self.skipped.add({self.split.images[sample.index]: sample.reason for sample in damaged})
                 if len(targets) >= self.smallest:
                     none_yet = False
@@ -176,6 +189,13 @@ def stream(
         for split in (dataset.val, dataset.test)
     )
     return train, val, test
+
+
+def _end_workers(reference: weakref.ref) -> None:
+    """In good time: the signal by which multiprocessing would end them when this process ends is out of their reach."""
+    loader = reference()
+    if loader is not None and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def _cores() -> int:

@@ -313,6 +313,22 @@ def test_augmentation_depends_on_seed_and_epoch_alone():
     assert not torch.equal(first, epoch_of(augmented(split, seed=1), 3))
 
 
+def test_epoch_can_begin_in_its_middle():
+    batches = augmented(split_of(22), 4)
+    batches.set_epoch(3)
+    whole = list(batches)
+    for start in range(len(whole) + 1):
+        batches.set_epoch(3, start)
+        positions = []
+        for (images, targets), expected in zip(batches, whole[start:], strict=True):
+            assert torch.equal(images, expected[0])
+            assert torch.equal(targets, expected[1])
+            positions.append(batches.position)
+        assert positions == list(range(start + 1, len(whole) + 1))
+    batches.set_epoch(4)
+    assert len(list(batches)) == len(whole)
+
+
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 8, [3])])
 def test_last_batch_is_kept_unless_it_is_a_single_image(count, batch_size, sizes):
     batches = augmented(split_of(count), batch_size)

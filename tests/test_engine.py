@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from data.loader import AugmentedBatches, Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
 from utils import options
-from utils.checkpoint import best_of, load_checkpoint
+from utils.checkpoint import best_of, best_student, load_checkpoint
 from utils.engine import Trainer, cosine_rate, evaluate, step_rate
 from utils.errors import UserError
 from utils.job import Job
@@ -269,6 +271,54 @@ def test_dropout_draws_the_same_after_a_resume(job):
     second.resume(job.last, meta)
     second.fit(train, val, job, meta)
     assert all(torch.equal(p, q) for p, q in zip(whole.learner.parameters(), second.learner.parameters(), strict=True))
+
+
+def test_run_goes_on_exactly_from_any_step(job):
+    """A run is saved after every step, and gone on with from each of those states."""
+    flags = ("--num_epochs", 2, "--num_students", 1, "--lambda", 0, "--print_freq", 4)
+    args = arguments(*flags, "--save_every_minutes", 1e-9)
+    meta = META | {"config": options.configuration(args)}
+
+    def trainer():
+        torch.manual_seed(0)
+        return Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+
+    whole, (train, val) = trainer(), loaders()
+    states, step = [job.last.with_name(f"{i}.pt") for i in range(12)], whole.train_step
+
+    def watched(*batch):
+        if job.last.exists():
+            shutil.copy(job.last, states[len(list(job.last.parent.glob("[0-9]*.pt")))])
+        return step(*batch)
+
+    whole.train_step = watched
+    whole.fit(train, val, job, meta)
+    metrics = [json.loads(line) for line in job.metrics.read_text().splitlines()]
+    positions = []
+    for path in filter(Path.exists, states):
+        content = load_checkpoint(path)
+        positions.append((content["epoch"], content["progress"]["position"] if content["progress"] else 0))
+        resumed = trainer()
+        resumed.resume(path, meta)
+        torch.manual_seed(99)
+        resumed.fit(train, val, job, meta)
+        for p, q in zip(whole.learner.parameters(), resumed.learner.parameters(), strict=True):
+            assert torch.equal(p, q)
+        lines = [json.loads(line) for line in job.metrics.read_text().splitlines()]
+        assert lines[-1] == metrics[-1]
+        if content["epoch"] == 0:
+            assert lines[-2:] == metrics
+    assert positions == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5)]
+
+
+def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
+    args = arguments("--num_students", 1, "--lambda", 0, "--save_every_minutes", 1e-9)
+    trainer = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+    trainer.epoch = 1
+    trainer.train_one_epoch(loaders()[0], job, META)
+    assert load_checkpoint(job.last)["progress"]["position"] == 6
+    with pytest.raises(UserError, match="is of a run's first epoch"):
+        best_student(job.last)
 
 
 @pytest.mark.parametrize(

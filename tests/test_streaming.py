@@ -366,6 +366,22 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
     assert evaluate(trainer.learner, damaged)["loss"]["students"] == pytest.approx(expected["loss"]["students"])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_of_streamed_images_can_begin_in_its_middle(tmp_path, workers):
+    """Batches that turn out to be empty count as well."""
+    paths = stream_tree(tmp_path / "set")[:12]
+    for target in epoch_of(streamed(paths, batch_size=3))[1][3:6]:
+        paths[target].write_bytes(b"")
+    batches = streamed(paths, batch_size=3, workers=workers)
+    batches.set_epoch(1)
+    whole = dict((batches.position, images) for images, _ in batches)
+    assert list(whole) == [1, 3, 4]
+    for start in range(5):
+        batches.set_epoch(1, start)
+        rest = dict((batches.position, images) for images, _ in batches)
+        assert same(rest, {position: images for position, images in whole.items() if position > start})
+
+
 # --- whole runs
 
 

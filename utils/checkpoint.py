@@ -93,6 +93,8 @@ def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, dict[s
         UserError: the file is missing, damaged, or no training checkpoint of students.
     """
     content = load_checkpoint(path)
+    if not content["scores"]:
+        raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
     prefix = f"students.{best_of(content['scores'])}."
     weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
     return _restore(path, weights, content["meta"], arch)

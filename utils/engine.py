@@ -19,8 +19,10 @@ from utils import checkpoint
 from utils.device import COMPILED, GRAPH, PLAIN, autocast
 from utils.errors import UserError
 from utils.graphs import GraphedStep
+from utils.interruption import interruption
 from utils.job import Job, flatten
 from utils.losses import online_distillation
+from utils.progress import Progress, set_random_state
 
 Scores = dict[str, dict[str, Any]]
 """{"accuracy": ..., "loss": ...}, accuracies in %; each with "students", a list, and perhaps "online_teacher"."""
@@ -29,7 +31,7 @@ Scores = dict[str, dict[str, Any]]
 # shapes a cosine schedule, and is fixed there.)
 MAY_CHANGE = {
     "num_epochs", "job_dir", "data_dir", "teacher_dir", "refine", "pruned", "eval_batch_size", "device", "precision",
-    "compile", "workers", "print_freq",
+    "compile", "workers", "print_freq", "save_every_minutes",
 }  # fmt: skip
 
 
@@ -41,7 +43,9 @@ class Trainer:
         execution: how to run a step, as `utils.device.pick_execution` chose.
 
     Attributes:
-        epoch: epochs done.
+        epoch: epochs done; in training, the one in progress.
+        progress: of the epoch in progress.
+        scores: of the last epoch done, on the validation set.
         best: epoch, student (its index), accuracy and loss of the best student on the validation set so far.
     """
 
@@ -58,6 +62,7 @@ class Trainer:
         self.teacher = teacher if args.miu else None
         self.device, self.precision, self.execution = device, precision, execution
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
+        self.save_every = 60 * args.save_every_minutes if args.save_every_minutes else math.inf  # seconds
         self.objective = partial(
             online_distillation, lam=args.lam, temperature=args.temperature, miu=args.miu, reduction=args.kl_reduction
         )
@@ -75,7 +80,8 @@ class Trainer:
         self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
         # A recorded step reads its learning rate from memory.
         self.lr_on_device = torch.zeros((), device=device) if graphed else None
-        self.epoch, self.best = 0, None
+        self.epoch, self.scores, self.best = 0, None, None
+        self.progress, self.saved_at = Progress(), time.monotonic()
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of `step` (from 1) of the `steps` of the current epoch; it rises linearly to warm up.
@@ -103,48 +109,55 @@ class Trainer:
             correct = (_all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return {name: value.detach() for name, value in losses.items()}, correct
 
-    def train_one_epoch(self, batches: Batches, job: Job) -> Scores:
-        """One pass over `batches`; waits for the device every print_freq steps and at the end, never in between.
+    def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None) -> Scores:
+        """One pass over `batches`, or the rest of one; waits for the device every print_freq steps, to save, and last.
+
+        Args:
+            meta: of the checkpoints within the epoch; without it there are none.
 
         Returns:
             Scores averaged over the images, each as it was in its own step; the losses are "total" and its terms.
 
         Raises:
             UserError: a loss is not finite.
+            SystemExit: a signal asked for it, and the steps so far are saved.
         """
         self.learner.train()
-        rows, pending, sizes, correct = [], [], [], 0
+        progress, steps = self.progress, len(batches)
         title = f"epoch {self.epoch}/{self.num_epochs}"
-
-        def settle() -> None:
-            for row in torch.stack(pending).tolist():  # the one place that waits for the device
-                rows.append(row)
-                rate = self.rate(len(rows), len(batches))
-                self._check_finite(dict(zip(losses, row, strict=True)), f"step {len(rows)}", rate, job)
-            pending.clear()
-
-        with tqdm(total=batches.num_images, desc=title, unit=" images", leave=False, disable=None) as bar:
-            for step, (images, targets) in enumerate(batches, start=1):
-                self._set_rate(self.rate(step, len(batches)))
+        total, done = batches.num_images, progress.images
+        with tqdm(desc=title, total=total, initial=done, unit=" images", leave=False, disable=None) as bar:
+            for images, targets in batches:
+                self._set_rate(self.rate(progress.steps + 1, steps))
                 losses, hits = self.train_step(images, targets)
-                pending.append(torch.stack(list(losses.values())))
-                sizes.append(len(targets))
-                correct = correct + hits
+                progress.add(losses, hits, len(targets))
                 bar.update(len(targets))
-                if step % self.print_freq == 0:
-                    settle()
-                    bar.set_postfix(loss=f"{rows[-1][0]:.4f}")
-                    if bar.disable and step < len(batches):
-                        job.logger.info(f"{title}, step {step}/{len(batches)}: loss {rows[-1][0]:.4f}")
-        if pending:
-            settle()
-        names = ["total" if name == "loss" else name for name in losses]
-        weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        averages = weights @ torch.tensor(rows, dtype=torch.float64)
+                if progress.steps % self.print_freq == 0:
+                    self._settle(steps, job)
+                    loss = f"{progress.losses[-1][0]:.4f}"
+                    bar.set_postfix(loss=loss)
+                    if bar.disable and progress.steps < steps:
+                        job.logger.info(f"{title}, step {progress.steps}/{steps}: loss {loss}")
+                if meta and (interruption.pending or time.monotonic() - self.saved_at >= self.save_every):
+                    self._settle(steps, job)
+                    self._save_last(job, meta, progress.state_dict(batches.position, self.device))
+                    if interruption.pending:
+                        saved = f"{title}, step {progress.steps}/{steps} is saved"
+                        interruption.message = f"{saved}; {job.how_to_go_on}"
+                        interruption.end()
+        self._settle(steps, job)
+        self.progress = Progress()
+        losses = progress.average_losses()
         return {
-            "loss": dict(zip(names, averages.tolist(), strict=True)),
-            "accuracy": _by_network(self.learner, [100 * hits / sum(sizes) for hits in correct.tolist()]),
+            "loss": {"total" if name == "loss" else name: value for name, value in losses.items()},
+            "accuracy": _by_network(self.learner, progress.accuracies()),
         }
+
+    def _settle(self, steps: int, job: Job) -> None:
+        """Wait for the device, and check the losses since the last time."""
+        losses = self.progress.settle()
+        for step, terms in enumerate(losses, start=self.progress.steps - len(losses) + 1):
+            self._check_finite(terms, f"step {step}", self.rate(step, steps), job)
 
     def _set_rate(self, rate: float) -> None:
         if self.lr_on_device is not None:
@@ -155,38 +168,51 @@ class Trainer:
     def fit(
         self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], keep_initial: bool = False
     ) -> None:
-        """Train from the epoch reached to the last, with a checkpoint after each.
+        """Train from where the run is to the last epoch, with a checkpoint after each, and within them as flags say.
 
         Args:
             meta: goes into every checkpoint; says how to build a student.
             keep_initial: the students as they are before training may turn out the best.
 
         Raises:
-            UserError: a loss is not finite. The checkpoints on the disk are those of the last good epoch.
+            UserError: a loss is not finite. The checkpoints on the disk are those of the last good save.
+            SystemExit: a signal asked for it.
         """
-        if keep_initial and self.epoch == 0:
-            self._keep_best(evaluate(self.learner, val), job, meta)
-        started, first = time.perf_counter(), self.epoch
-        while self.epoch < self.num_epochs:
-            self.epoch += 1
-            train.set_epoch(self.epoch)
-            torch.manual_seed(epoch_seed(self.seed, self.epoch))  # what dropout draws, a resumed run draws again
-            epoch_started = time.perf_counter()
-            train_scores = self.train_one_epoch(train, job)
-            images_per_second = train.num_images / (time.perf_counter() - epoch_started)
-            scores = evaluate(self.learner, val)
-            rate = self.rate(len(train), len(train))
-            self._check_finite(flatten(scores["loss"]), "on the validation set", rate, job)
+        with interruption.deferred():
+            if keep_initial and self.best is None:
+                self.scores = evaluate(self.learner, val)
+                self._keep_best(job, meta)
+            started, first = time.perf_counter(), self.epoch
+            self.saved_at = time.monotonic()
+            while self.epoch < self.num_epochs and not interruption.pending:
+                epoch_started, images = time.perf_counter(), train.num_images - self.progress.images
+                self._begin_epoch(train)
+                train_scores = self.train_one_epoch(train, job, meta)
+                images_per_second = images / (time.perf_counter() - epoch_started)
+                self.scores = evaluate(self.learner, val)
+                rate = self.rate(len(train), len(train))
+                self._check_finite(flatten(self.scores["loss"]), "on the validation set", rate, job)
 
-            self._keep_best(scores, job, meta)
-            job.add_metrics(self.epoch, rate, train_scores, scores)
-            checkpoint.save(job.last, self._state(scores, meta))
-            eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
-            job.logger.info(
-                f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
-                f"validation {_accuracies(scores)}, best {self.best['accuracy']:.2f}; "
-                f"{images_per_second:,.0f} images/s, {timedelta(seconds=round(eta))} left"
-            )
+                self._keep_best(job, meta)
+                job.add_metrics(self.epoch, rate, train_scores, self.scores)
+                self._save_last(job, meta)
+                eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
+                job.logger.info(
+                    f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
+                    f"validation {_accuracies(self.scores)}, best {self.best['accuracy']:.2f}; "
+                    f"{images_per_second:,.0f} images/s, {timedelta(seconds=round(eta))} left"
+                )
+            if self.epoch == self.num_epochs:
+                interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
+
+    def _begin_epoch(self, train: AugmentedBatches) -> None:
+        """Go to the next epoch, or back into the one that a resumed run had begun."""
+        self.epoch += 1
+        train.set_epoch(self.epoch, self.progress.position)
+        if self.progress.random:
+            set_random_state(self.progress.random)
+        else:
+            torch.manual_seed(epoch_seed(self.seed, self.epoch))  # what dropout draws, a resumed run draws again
 
     def resume(self, path: Path, meta: dict[str, Any]) -> None:
         """Go on from a training checkpoint, with the model_best.pt beside it.
@@ -207,11 +233,18 @@ class Trainer:
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         checkpoint.load_weights(self.learner, content["model"], str(path))
         self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.best = content["epoch"], content["best"]
+        self.epoch, self.scores, self.best = content["epoch"], content["scores"], content["best"]
+        if content.get("progress"):  # which checkpoints of older runs do not know
+            self.progress.load_state_dict(content["progress"], self.device)
         best = path.with_name("model_best.pt")
         # A run that was killed between its two writes left the best of the epoch after: it comes again.
-        if checkpoint.load_checkpoint(best)["epoch"] not in (self.best["epoch"], self.epoch + 1):
+        if self.best and checkpoint.load_checkpoint(best)["epoch"] not in (self.best["epoch"], self.epoch + 1):
             raise UserError(f"{best} is of another epoch than the best one of {path}: resume from last.pt")
+
+    @property
+    def reached(self) -> str:
+        """For a log line: "epoch 3 and 17 steps of the next"."""
+        return f"epoch {self.epoch}" + (f" and {self.progress.steps} steps of the next" if self.progress.steps else "")
 
     @property
     def best_student(self) -> nn.Module:
@@ -223,23 +256,29 @@ class Trainer:
         checkpoint.load_weights(self.learner, content["model"], str(job.best))
         self.best = content["best"]
 
-    def _keep_best(self, scores: Scores, job: Job, meta: dict[str, Any]) -> None:
-        student = checkpoint.best_of(scores)
-        accuracy, loss = (scores[kind]["students"][student] for kind in ("accuracy", "loss"))
+    def _keep_best(self, job: Job, meta: dict[str, Any]) -> None:
+        student = checkpoint.best_of(self.scores)
+        accuracy, loss = (self.scores[kind]["students"][student] for kind in ("accuracy", "loss"))
         if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
             self.best = {"epoch": self.epoch, "student": student, "accuracy": accuracy, "loss": loss}
-            checkpoint.save(job.best, self._state(scores, meta))
+            checkpoint.save(job.best, self._state(meta))
 
-    def _state(self, scores: Scores, meta: dict[str, Any]) -> dict[str, Any]:
+    def _save_last(self, job: Job, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> None:
+        checkpoint.save(job.last, self._state(meta, progress))
+        self.saved_at = time.monotonic()
+
+    def _state(self, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A training checkpoint; `progress` is of an epoch that is not done yet."""
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         return {
             "kind": checkpoint.CHECKPOINT,
-            "epoch": self.epoch,
+            "epoch": self.epoch - 1 if progress else self.epoch,
+            "progress": progress,
             "model": self.learner.state_dict(),
             "optimizer": optimizer,
-            "scores": scores,
+            "scores": self.scores,
             "best": self.best,
             "meta": meta,
         }

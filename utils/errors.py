@@ -24,7 +24,7 @@ def exit_with(error: object) -> NoReturn:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError or a refusal ends it with one line and code 2, Ctrl-C with code 130."""
+    """Run a script's main; a UserError or a refusal ends it with one line and code 2."""
     try:
         main()
     except UserError as error:
@@ -33,6 +33,3 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno not in REFUSALS:
             raise
         exit_with(f"{error.filename or 'writing'}: {error.strerror}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -1,27 +1,26 @@
 """The files of a job: its folder, log, metrics and tensorboard events."""
 
-import glob
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from utils.errors import UserError
-from utils.files import atomic_write
-from utils.options import RESUME_LAST
+from utils.events import Events
+from utils.files import atomic_copy, atomic_write, delete_unfinished
+from utils.interruption import interruption
+from utils.lock import Lock
+from utils.options import RESUME_LAST, resume_command
 
 PHASES = ("train", "test")
 
 
 class Job:
-    """A job_dir; nothing is written before `open`.
+    """A job_dir; nothing is written before `open`, which keeps other runs out of it until `close`.
 
     Args:
         config: the run's configuration, of which the name of the exported network follows.
@@ -39,6 +38,7 @@ class Job:
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
+        self.lock = Lock(folder / "lock")
 
     def checkpoint_to_resume(self, resume: str | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
         """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
@@ -47,8 +47,10 @@ class Job:
             inputs: files and folders that the run reads, which --reset must not delete.
 
         Raises:
-            UserError: the folder cannot be written, holds a run that is neither resumed nor reset, or an input.
+            UserError: the folder cannot be written, is in use, holds a run that is neither resumed nor reset, or an
+                input.
         """
+        self.lock.check()
         doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
         for path in filter(None, inputs):
             if not doomed.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
@@ -66,34 +68,46 @@ class Job:
             raise UserError(f"--job_dir {self.folder} cannot be written: {parent} is not a writable folder")
         return None if resume == RESUME_LAST and not self.last.exists() else resumed
 
+    @property
+    def how_to_go_on(self) -> str:
+        return f"continue with: {resume_command()}"
+
     def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
-        """Create the folder, or with reset clear it, and start its logs.
+        """Create the folder, or with reset clear it, and start its logs; it can then be resumed at any time.
 
         A run that is resumed keeps what its `epoch` epochs recorded, and tensorboard shows them again; one that is
-        resumed from another job's checkpoint takes over that job's record and its best epoch.
+        resumed from another job's checkpoint takes over that, its record and its best epoch.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or is in use.
         """
         record = read_metrics(_record_of(resumed)) if resumed else []
         kept = [line for line in record if line["epoch"] <= epoch]
         try:
-            self.last.parent.mkdir(parents=True, exist_ok=True)
-            if reset:
-                self._clear()
-            with atomic_write(self.config, "w") as file:
-                json.dump(self.configuration, file, indent=2)
-            if resumed and resumed.resolve().parent != self.best.resolve().parent:
-                shutil.copyfile(resumed.with_name(self.best.name), self.best)
-            with atomic_write(self.metrics, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-            self.logger = _logger(self.log_file)
-            self._delete_events()
-            self.writers = {phase: SummaryWriter(str(self.events / phase)) for phase in PHASES}
-            for line in kept:
-                self._add_scalars(line)
+            with interruption.deferred():
+                self.last.parent.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire()
+                interruption.message = self.how_to_go_on
+                self._clear(everything=reset)
+                with atomic_write(self.config, "w") as file:
+                    json.dump(self.configuration, file, indent=2)
+                if resumed:
+                    self._take_over(resumed)
+                with atomic_write(self.metrics, "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in kept)
+                self.logger = _logger(self.log_file)
+                self.writers = {phase: Events(self.events / phase) for phase in PHASES}
+                for line in kept:
+                    self._add_scalars(line)
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
+
+    def _take_over(self, resumed: Path) -> None:
+        """Copy what a run goes on from, unless it is here."""
+        sources = {self.metrics: _record_of(resumed), self.last: resumed, self.best: resumed.with_name(self.best.name)}
+        for target, source in sources.items():
+            if source.exists() and source.resolve() != target.resolve():
+                atomic_copy(source, target)
 
     def _files(self) -> set[Path]:
         """What a run writes, tensorboard aside; with the network that the run here before exported."""
@@ -105,15 +119,12 @@ class Job:
                 files.add(self.folder / Path(exported).name)
         return files
 
-    def _clear(self) -> None:
-        """Delete what a run writes, and nothing else."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
-            for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                unfinished.unlink()
-        self._delete_events()
-
-    def _delete_events(self) -> None:
+    def _clear(self, everything: bool) -> None:
+        """Delete what an earlier run did not finish or what is written anew; or everything that a run writes."""
+        for path in sorted(self._files(), key=lambda path: path != self.last):  # then there is nothing to resume
+            delete_unfinished(path)
+            if everything:
+                path.unlink(missing_ok=True)
         for phase in PHASES:
             for events in (self.events / phase).glob("events.out.tfevents.*"):
                 events.unlink()
@@ -123,17 +134,19 @@ class Job:
         line = {"epoch": epoch, "lr": lr, "train": train, "val": val}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self._add_scalars(line)
 
     def _add_scalars(self, line: dict[str, Any]) -> None:
         for phase, values in (("train", {"lr": line["lr"], **line["train"]}), ("test", line["val"])):
-            for name, value in flatten(values).items():
-                self.writers[phase].add_scalar(name, value, line["epoch"])
-            self.writers[phase].flush()
+            self.writers[phase].add(flatten(values), line["epoch"])
 
     def close(self) -> None:
+        interruption.message = "the run was complete"
         for writer in self.writers.values():
             writer.close()
+        self.lock.release()
 
 
 def export_name(config: dict[str, Any]) -> str:
@@ -181,6 +194,11 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
     return scalars
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what logging would print in many lines, and go on
+
+
 def _logger(path: Path) -> logging.Logger:
     """Plain lines to standard output, the same with the time to `path`."""
     logger = logging.getLogger("job")
@@ -189,7 +207,7 @@ def _logger(path: Path) -> logging.Logger:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(logging.StreamHandler(sys.stdout))

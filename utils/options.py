@@ -7,7 +7,10 @@ import argparse
 import difflib
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -200,6 +203,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="continue from a checkpoint (bare: the last one of the job_dir)",
     )
+    add(
+        "--save_every_minutes",
+        type=_positive,
+        metavar="MINUTES",
+        help="also save the last checkpoint this often within an epoch (default: only after each epoch)",
+    )
     add("--reset", action="store_true", help="delete what an earlier run wrote to the job_dir and start over")
     add("--test_only", action="store_true", help="evaluate on the test set; train and write nothing")
     add("--pretrain", action="store_true", help="main.py: train the standard network alone, to be a teacher")
@@ -306,3 +315,14 @@ def configuration(args: argparse.Namespace) -> dict:
     if str(values["arch"]).endswith(".py"):
         values["arch"] = Path(values["arch"]).resolve()
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def resume_command() -> str:
+    """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
+    words = sys.orig_argv[1:]
+    kept = []
+    for before, word in pairwise(["", *words]):
+        value = before == "--resume" and not word.startswith("-")
+        if not value and word not in ("--resume", "--reset") and not word.startswith("--resume="):
+            kept.append(word)
+    return shlex.join([sys.executable, *kept, "--resume"])
