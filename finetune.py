@@ -27,7 +27,7 @@ from data.loader import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, check_teacher, variant_for
 from model.online import Students
-from utils import checkpoint, report
+from utils import checkpoint, distributed, report
 from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, top1
@@ -39,7 +39,7 @@ from utils.teacher import check_accuracy, pretrained_teacher
 
 def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
-    device = pick_device(args.device)
+    device = distributed.start(pick_device(args.device))
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
     student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine, args.arch)
@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
     job = Job(args.job_dir, options.configuration(args))
     inputs = (args.refine, args.teacher_dir)
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
+    with distributed.first_on_each_machine():
+        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
     dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
@@ -79,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     rows = results(args, trainer, before, teacher, source, loaders, dataset)
     report.publish(job, rows, trainer, meta, dataset, device)
     job.close()
+    distributed.stop()
 
 
 def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import OnlineTeacher, Students
-from utils import checkpoint, report
+from utils import checkpoint, distributed, report
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer, evaluate, top1
@@ -37,13 +37,14 @@ from utils.teacher import check_accuracy, pretrained_teacher
 
 def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
-    device = pick_device(args.device)
+    device = distributed.start(pick_device(args.device))
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
     resolve_networks(args)
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
-    dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
+    with distributed.first_on_each_machine():
+        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     teacher = pretrained_teacher(args, dataset, device)
     torch.manual_seed(args.seed)
@@ -67,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.load_best(job)
     report.publish(job, results(args, trainer, teacher, loaders, dataset), trainer, meta, dataset, device)
     job.close()
+    distributed.stop()
 
 
 def resolve_networks(args: argparse.Namespace) -> None:

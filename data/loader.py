@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.sources import DataSet, Split
+from utils.distributed import share, world_size
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from data.streaming import StreamedBatches
@@ -54,7 +56,8 @@ class AugmentedBatches(Batches):
     """Shuffled batches in which each image gets a random crop after zero padding and a random flip of its own.
 
     All randomness of an epoch is drawn at its start from (seed, epoch) alone, on the CPU: the same on every device,
-    and on a run that was resumed, be it in the middle. A last batch of a single image is left out.
+    and on a run that was resumed, be it in the middle. Each process gets its share of every batch. A last batch that
+    is too small to be shared is left out.
 
     Args:
         padding: pixels on each side.
@@ -77,7 +80,7 @@ class AugmentedBatches(Batches):
 
     @property
     def num_images(self) -> int:
-        return without_a_single_last(len(self.targets), self.batch_size)
+        return without_a_small_last(len(self.targets), self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
@@ -91,6 +94,7 @@ class AugmentedBatches(Batches):
         batches = order.to(device).split(self.batch_size)[self.start :]
         for position, chosen in enumerate(batches, start=self.start + 1):
             self.position = position
+            chosen = chosen[share(len(chosen))]
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
             yield self.normalize(crops.permute(0, 3, 1, 2)), self.targets[chosen]
 
@@ -100,9 +104,10 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
-def without_a_single_last(count: int, batch_size: int) -> int:
-    """How many of `count` images to train on: BatchNorm cannot train on a last batch of a single image."""
-    return count - 1 if count % batch_size == 1 else count
+def without_a_small_last(count: int, batch_size: int) -> int:
+    """How many of `count` images to train on: of the last batch, too, BatchNorm needs two in every process."""
+    last = count % batch_size
+    return count - last if last < 2 * world_size() else count
 
 
 class Loaders(NamedTuple):
@@ -114,7 +119,20 @@ class Loaders(NamedTuple):
 def make_loaders(
     dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> Loaders:
-    """The batches of the three splits; `workers` processes read them if they are not in memory."""
+    """The batches of the three splits, of which each process of the run gets its share.
+
+    Args:
+        train_batch_size: of all processes together.
+        workers: processes that read the images if they are not in memory.
+
+    Raises:
+        UserError: there are too few images for so many processes.
+    """
+    smallest = 2 * world_size()
+    if min(train_batch_size, len(dataset.train)) < smallest:
+        raise UserError(f"{world_size()} processes need batches of at least {smallest} training images, 2 for each")
+    if min(len(dataset.val), len(dataset.test)) < world_size():
+        raise UserError(f"{world_size()} processes need as many validation and test images: start fewer")
     if dataset.image_size:
         from data.streaming import stream  # takes a second, which images in memory need not pay
 
@@ -123,5 +141,7 @@ def make_loaders(
     train = AugmentedBatches(
         dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed
     )
-    val, test = (Batches(split, eval_batch_size, *statistics) for split in (dataset.val, dataset.test))
+    val, test = (
+        Batches(split[share(len(split))], eval_batch_size, *statistics) for split in (dataset.val, dataset.test)
+    )
     return Loaders(train, val, test)

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from data.images import DamagedImage, SkippedImages, read
-from data.loader import Normalization, epoch_seed, without_a_single_last
+from data.loader import Normalization, epoch_seed, without_a_small_last
 from data.sources import DataSet, Split
+from utils.distributed import share, world_size
 from utils.errors import UserError
 from utils.interruption import out_of_reach
 
@@ -50,7 +51,7 @@ class Shuffled(InOrder):
     """
 
     def __init__(self, count: int, batch_size: int, seed: int):
-        super().__init__(without_a_single_last(count, batch_size), batch_size)
+        super().__init__(without_a_small_last(count, batch_size), batch_size)
         self.count, self.seed, self.epoch = count, seed, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -58,7 +59,7 @@ class Shuffled(InOrder):
         order = torch.randperm(self.count, generator=generator)[: self.num_images]
         seeds = torch.randint(2**32, (self.count,), generator=generator)  # more bits than 32 would be ignored
         for indices in order.split(self.batch_size)[self.start :]:
-            yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))
+            yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))[share(len(indices))]
 
 
 class Sample(NamedTuple):
@@ -165,6 +166,8 @@ class StreamedBatches:
             if len(targets) >= self.smallest:
                 none_yet = False
                 yield self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+            elif world_size() > 1:  # the other processes would wait for this one
+                raise UserError(f"batch {position} has too few images that can be read: repair them")
         if none_yet:
             raise UserError(f"there is no batch of {self.smallest} images that can be read: repair them")
 
@@ -176,9 +179,9 @@ def stream(
     size, common = dataset.image_size, (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
     order = Shuffled(len(dataset.train), train_batch_size, seed)
     train = StreamedBatches(dataset.train, order, training_crop(size), *common, smallest=2)
+    shares = (split[share(len(split))] for split in (dataset.val, dataset.test))
     val, test = (
-        StreamedBatches(split, InOrder(len(split), eval_batch_size), evaluation_crop(size), *common)
-        for split in (dataset.val, dataset.test)
+        StreamedBatches(split, InOrder(len(split), eval_batch_size), evaluation_crop(size), *common) for split in shares
     )
     return train, val, test
 

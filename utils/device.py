@@ -7,6 +7,7 @@ from contextlib import suppress
 import torch
 
 from model import fused
+from utils import distributed
 from utils.errors import UserError
 
 # The ways to run a training step.
@@ -61,6 +62,10 @@ def pick_execution(name: str, device: torch.device) -> str:
         return PLAIN
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all batches have one shape
+        if distributed.world_size() > 1:
+            if name == "on":
+                raise UserError("--compile on is for one process: leave it out under torchrun")
+            return PLAIN
         return COMPILED if name == "on" else GRAPH
     try:
         if device.type != "cpu":

@@ -25,11 +25,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process in place of one that died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def start(device: torch.device) -> torch.device:
     """Meet the other processes, if there are any, and return the device that is this one's.
 
@@ -62,9 +57,30 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def any_process(condition: bool) -> bool:
-    """Whether `condition` holds in any process."""
-    return bool(total(torch.tensor(int(condition))))
+def largest(value: int) -> int:
+    """The largest of the values, 0 or more, that the processes have."""
+    if world_size() > 1:
+        dist.all_reduce(values := torch.tensor(value), dist.ReduceOp.MAX)
+        return int(values)
+    return value
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def copy_buffers_of_first(network: nn.Module) -> None:
+    """Give a network the buffers that it has in process 0: the running statistics that will be exported."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def stop() -> None:
+    """Take leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(count: int) -> slice:
@@ -76,13 +92,13 @@ def share(count: int) -> slice:
 def first_on_each_machine() -> Iterator[None]:
     """The first process of a machine goes first, so that the others find what it downloaded, decoded or compiled."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if world_size() > 1 and not first:
-        dist.barrier()
+    if not first:
+        wait_for_all()
     try:
         yield
     finally:
-        if world_size() > 1 and first:
-            dist.barrier()
+        if first:
+            wait_for_all()
 
 
 class _Total(torch.autograd.Function):

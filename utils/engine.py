@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils.device import COMPILED, GRAPH, PLAIN, autocast
 from utils.errors import UserError
 from utils.graphs import GraphedStep
@@ -73,11 +75,16 @@ class Trainer:
             self.learning_rate = partial(step_rate, args.lr, args.lr_decay_step)
         else:
             self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
-        self.warmup_epochs = args.warmup_epochs
+        self.warmup_epochs, self.accumulate = args.warmup_epochs, args.accumulate
         graphed = execution in (GRAPH, COMPILED)
         if graphed:
             self.train_step = GraphedStep(self.train_step)
+        if args.sync_bn:
+            distributed.synchronize_batch_norm(self.learner)
         self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
+        if distributed.world_size() > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.learner, devices, broadcast_buffers=not args.sync_bn)
         # A recorded step reads its learning rate from memory.
         self.lr_on_device = torch.zeros((), device=device) if graphed else None
         self.epoch, self.scores, self.best = 0, None, None
@@ -93,8 +100,28 @@ class Trainer:
         warm = min(1.0, progress / self.warmup_epochs) if self.warmup_epochs else 1.0
         return self.learning_rate(self.epoch) * warm
 
-    def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of SGD. Returns the loss and its terms, and the correct answers of each student and the teacher."""
+    def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, int]:
+        """One step of SGD on a batch, of which each process has its share, in --accumulate parts.
+
+        Returns, all of the whole batch: the loss and its terms, the correct answers of each student and of the online
+        teacher, and its images.
+        """
+        processes, size = distributed.world_size(), int(distributed.total(torch.tensor(len(targets))))
+        parts = max(1, min(self.accumulate, size // processes // 2))  # BatchNorm needs two images
+        self.optimizer.zero_grad()
+        outcome = 0
+        for part, of_part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
+            weight = len(of_part[1]) / size
+            with nullcontext() if part == parts or processes == 1 else self.forward.no_sync():
+                losses, correct = self.losses(*of_part)
+                (processes * weight * losses["loss"]).backward()  # the gradients are averaged over the processes
+            outcome = outcome + torch.cat([weight * torch.stack(list(losses.values())).detach(), correct])
+        self.optimizer.step()
+        outcome = distributed.total(outcome)
+        return dict(zip(losses, outcome, strict=False)), outcome[len(losses) :], size
+
+    def losses(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss and its terms, and the correct answers of each student and of the online teacher."""
         with autocast(self.device, self.precision):
             student_logits, teacher_logits = self.forward(images)
             pretrained_logits = None
@@ -102,12 +129,9 @@ class Trainer:
                 with torch.no_grad():
                     pretrained_logits = self.teacher(images)
         losses = self.objective(student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits)
-        self.optimizer.zero_grad()
-        losses["loss"].backward()
-        self.optimizer.step()
         with torch.no_grad():
             correct = (_all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
-        return {name: value.detach() for name, value in losses.items()}, correct
+        return losses, correct
 
     def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None) -> Scores:
         """One pass over `batches`, or the rest of one; waits for the device every print_freq steps, to save, and last.
@@ -129,15 +153,17 @@ class Trainer:
         with tqdm(desc=title, total=total, initial=done, unit=" images", leave=False, disable=None) as bar:
             for images, targets in batches:
                 self._set_rate(self.rate(progress.steps + 1, steps))
-                losses, hits = self.train_step(images, targets)
-                progress.add(losses, hits, len(targets))
-                bar.update(len(targets))
+                losses, hits, size = self.train_step(images, targets)
+                progress.add(losses, hits, size)
+                bar.update(size)
                 if progress.steps % self.print_freq == 0:
                     self._settle(steps, job)
                     loss = f"{progress.losses[-1][0]:.4f}"
                     bar.set_postfix(loss=loss)
                     if bar.disable and progress.steps < steps:
                         job.logger.info(f"{title}, step {progress.steps}/{steps}: loss {loss}")
+                if signal := distributed.largest(interruption.pending):
+                    interruption.pending = signal  # to all processes at the same step
                 if meta and (interruption.pending or time.monotonic() - self.saved_at >= self.save_every):
                     self._settle(steps, job)
                     self._save_last(job, meta, progress.state_dict(batches.position, self.device))
@@ -146,6 +172,7 @@ class Trainer:
                         interruption.message = f"{saved}; {job.how_to_go_on}"
                         interruption.end()
         self._settle(steps, job)
+        distributed.copy_buffers_of_first(self.learner)
         self.progress = Progress()
         losses = progress.average_losses()
         return {
@@ -186,7 +213,7 @@ class Trainer:
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
             self.saved_at = time.monotonic()
-            while self.epoch < self.num_epochs and not interruption.pending:
+            while self.epoch < self.num_epochs and not distributed.largest(interruption.pending):
                 epoch_started, images = time.perf_counter(), train.num_images - self.progress.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
@@ -214,7 +241,8 @@ class Trainer:
         if self.progress.random:
             set_random_state(self.progress.random)
         else:
-            torch.manual_seed(epoch_seed(self.seed, self.epoch))  # what dropout draws, a resumed run draws again
+            # What dropout draws, a resumed run draws again, and each process for itself.
+            torch.manual_seed(epoch_seed(self.seed, self.epoch) + distributed.rank() * 2**40)
 
     def resume(self, path: Path, meta: dict[str, Any]) -> None:
         """Go on from a training checkpoint, with the model_best.pt beside it.
@@ -254,6 +282,7 @@ class Trainer:
 
     def load_best(self, job: Job) -> None:
         """Put the weights of the best epoch back into the learner."""
+        distributed.wait_for_all()  # one of them writes it
         content = checkpoint.load_checkpoint(job.best)
         checkpoint.load_weights(self.learner, content["model"], str(job.best))
         self.best = content["best"]
@@ -263,10 +292,12 @@ class Trainer:
         accuracy, loss = (self.scores[kind]["students"][student] for kind in ("accuracy", "loss"))
         if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
             self.best = {"epoch": self.epoch, "student": student, "accuracy": accuracy, "loss": loss}
-            checkpoint.save(job.best, self._state(meta))
+            if job.writes:
+                checkpoint.save(job.best, self._state(meta))
 
     def _save_last(self, job: Job, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> None:
-        checkpoint.save(job.last, self._state(meta, progress))
+        if job.writes:
+            checkpoint.save(job.last, self._state(meta, progress))
         self.saved_at = time.monotonic()
 
     def _state(self, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -298,6 +329,8 @@ class Trainer:
 def evaluate(learner: Students, batches: Batches) -> Scores:
     """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported.
 
+    Of the batches of all processes, which each have their share of the images.
+
     The accuracy of a network that gives a logit that is not finite is NaN.
     """
     learner.eval()
@@ -310,9 +343,12 @@ def evaluate(learner: Students, batches: Batches) -> Scores:
             correct = correct + hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(1)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
             loss = loss + losses.view(len(logits), -1).sum(1)
+    own = torch.tensor([count, *correct.tolist(), *loss.tolist()], dtype=torch.float64)
+    count, *totals = distributed.total(own).tolist()
+    correct, loss = totals[: len(totals) // 2], totals[len(totals) // 2 :]
     return {
-        "accuracy": _by_network(learner, [100 * hits / count for hits in correct.tolist()]),
-        "loss": _by_network(learner, [total / count for total in loss.tolist()]),
+        "accuracy": _by_network(learner, [100 * hits / count for hits in correct]),
+        "loss": _by_network(learner, [total / count for total in loss]),
     }
 
 

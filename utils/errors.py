@@ -1,6 +1,7 @@
 """How a script ends when it cannot go on: one line for what a person can mend; bugs keep their traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -17,13 +18,18 @@ REFUSALS = {
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 
 
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+
+
 class UserError(ValueError):
     """What is wrong and what to do about it, in one line."""
 
 
 def exit_with(error: object) -> NoReturn:
     """Say in one line on stderr what is wrong and end the process with code 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")  # of a process that torchrun started
+    start = "error:" if rank == "0" else f"error (process {rank}):"
+    print(start, " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -43,6 +49,8 @@ def run_script(main: Callable[[], None]) -> None:
                 "out of memory: lower --train_batch_size, --eval_batch_size, --num_students or --image_size, or take a "
                 "smaller network"
             )
+        if any(words in str(error) for words in LOST_PROCESS):
+            exit_with("another process of this run has died: its own message says why; continue with --resume")
         if str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
             exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
         raise

@@ -16,12 +16,12 @@ class Interruption:
     """What the signals mean to this process once they are caught: its end, at once or when it is ready for it.
 
     Attributes:
-        pending: the signal that was received, if one was.
+        pending: the signal that was received; 0 if none was.
         message: what holds if the process ends now, and how to go on.
     """
 
     def __init__(self):
-        self.pending: int | None = None
+        self.pending = 0
         self.message = "nothing was changed"
         self._deferred = False
 
@@ -41,7 +41,10 @@ class Interruption:
         """Print the line and raise SystemExit."""
         start = "\n" if sys.stderr.isatty() else ""  # below the progress bar, or the ^C that the terminal shows
         line = f"{start}interrupted by {signal.Signals(self.pending).name}: {self.message}\n"
-        os.write(2, line.encode(errors="surrogateescape"))  # a signal may come while Python's own buffers are in use
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+            os.write(
+                2, line.encode(errors="surrogateescape")
+            )  # a signal may come while Python's own buffers are in use
         sys.exit(128 + self.pending)
 
     @contextmanager

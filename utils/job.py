@@ -9,12 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from utils import distributed
 from utils.errors import UserError
 from utils.events import Events
 from utils.files import atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 from utils.lock import Lock
-from utils.options import RESUME_LAST, resume_command
+from utils.options import LAST, RESUME_LAST, resume_command
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
@@ -33,13 +34,14 @@ class Job:
         self.log_file = folder / "logger.log"
         self.metrics = folder / "metrics.jsonl"
         self.events = folder / "run"
-        self.last = folder / "checkpoint" / "last.pt"
+        self.last = folder / LAST
         self.best = folder / "checkpoint" / "model_best.pt"
         self.export = folder / export_name(config)
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
         self.lock = Lock(folder / "lock")
+        self.writes = distributed.rank() == 0  # of all processes of a run, one does
 
     def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
         """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
@@ -51,7 +53,8 @@ class Job:
             UserError: the folder cannot be written, is in use, holds a run that is neither resumed nor reset, or an
                 input, or files of these names that are not a run's; --reset would delete behind a symbolic link.
         """
-        self.lock.check()
+        if self.writes:
+            self.lock.check()
         doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
         for path in filter(None, inputs):
             if not doomed.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
@@ -89,6 +92,9 @@ class Job:
         Raises:
             UserError: the folder cannot be written, or is in use.
         """
+        if not self.writes:
+            self.logger = _silent_logger()
+            return
         record = read_metrics(_record_of(resumed)) if resumed else []
         kept = [line for line in record if line["epoch"] <= epoch]
         try:
@@ -149,6 +155,8 @@ class Job:
 
     def add_metrics(self, epoch: int, lr: float, train: dict[str, Any], val: dict[str, Any]) -> None:
         """Append an epoch to metrics.jsonl and its scalars to tensorboard."""
+        if not self.writes:
+            return
         line = {"epoch": epoch, "lr": lr, "train": train, "val": val}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -162,6 +170,8 @@ class Job:
 
     def close(self) -> None:
         interruption.message = "the run was complete"
+        if not self.writes:
+            return
         for writer in self.writers.values():
             writer.close()
         self.lock.release()
@@ -217,6 +227,13 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         raise  # what logging would print in many lines, and go on
+
+
+def _silent_logger() -> logging.Logger:
+    logger = logging.getLogger("job of another process")
+    logger.propagate = False
+    logger.addHandler(logging.NullHandler())
+    return logger
 
 
 def _logger(path: Path) -> logging.Logger:

@@ -19,6 +19,7 @@ from utils.errors import UserError, exit_with
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
 RUN_CONTROL = ("resume", "reset", "test_only", "force")
+LAST = Path("checkpoint") / "last.pt"  # of a job_dir
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
 
@@ -84,6 +85,10 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
         (_check_main if script == "main" else _check_finetune)(args)
     except UserError as error:
         parser.error(str(error))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun runs the command again after a process died
+        args.reset = False
+        if not args.resume or (args.job_dir / LAST).exists():
+            args.resume = RESUME_LAST
     return args
 
 
@@ -187,6 +192,14 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         default=0.0 if finetune else 1.0,
         help="epochs in which the rate rises from 0; the released code had none (default: %(default)s)",
     )
+    add(
+        "--accumulate",
+        type=_positive_int,
+        default=1,
+        metavar="PARTS",
+        help="compute a batch in so many parts, for one that does not fit into memory (default: %(default)s)",
+    )
+    add("--sync_bn", action="store_true", help="BatchNorm over the batches of all processes that torchrun started")
     add("--seed", type=_seed, default=0, help="(default: %(default)s)")
 
     group = parser.add_argument_group("job")
@@ -322,7 +335,10 @@ def configuration(args: argparse.Namespace) -> dict:
 
 def resume_command() -> str:
     """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
-    words = sys.orig_argv[1:]
+    words, processes = sys.orig_argv[1:], os.environ.get("LOCAL_WORLD_SIZE")
+    if processes:  # one of torchrun's
+        machines = os.environ["GROUP_WORLD_SIZE"]
+        words = ["-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={processes}", *sys.argv]
     kept = []
     for before, word in pairwise(["", *words]):
         value = before == "--resume" and not word.startswith("-")

@@ -51,6 +51,8 @@ def publish(
     Args:
         rows: the standard network first; the best student's has its network.
     """
+    if not job.writes:
+        return
     best = trainer.best_student
     accuracy = next(_accuracies(row) for row in rows if row.network is best)
     networks = [{"name": row.name, **row.cost._asdict(), **_accuracies(row)} for row in rows]
