@@ -77,9 +77,10 @@ def _load(cache: Path, fingerprint: str, count: int) -> dict[str, np.ndarray] | 
     except Exception:  # a damaged file can raise anything
         print(f"{cache} is damaged: decoding the images again", flush=True)
         return None
-    images = content["images"]
+    images, damaged = content["images"], content["damaged"]
     expected = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
-    return content if expected and len(images) + len(content["damaged"]) == count else None
+    expected = expected and len(images) + len(damaged) == count and len(damaged) == len(content["reasons"])
+    return content if expected and damaged.dtype == np.int64 and np.isin(damaged, np.arange(count)).all() else None
 
 
 def _common_size(paths: np.ndarray) -> tuple[int, int] | None:

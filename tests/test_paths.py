@@ -11,6 +11,7 @@ import main
 from tests.helpers import make_tree
 from utils import options, report
 from utils.errors import UserError
+from utils.files import atomic_write
 from utils.job import Job
 
 CONFIG = {"pretrain": True, "teacher_model": "resnet_20", "job_dir": "job", "lambda": 0.0, "miu": 0.0}
@@ -121,3 +122,9 @@ def test_any_name_will_do(tmp_path, monkeypatch, name):
     assert json.loads((top / "real" / "metrics.jsonl").read_text().splitlines()[-1])["epoch"] == 2
     assert (top / "refined" / "resnet_pruned_18.pt").is_file()
     assert os.listdir() == [name]
+
+
+def test_names_that_are_not_utf_8_can_be_written(tmp_path):
+    with atomic_write(tmp_path / "report.md", "w") as file:
+        file.write(os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == r"caf\udce9"

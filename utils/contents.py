@@ -1,5 +1,6 @@
 """What the files of this program hold, checked once, when a file is read: readers rely on every part of it."""
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from utils import normalization
 
 CHECKPOINT, NETWORK = "training checkpoint", "exported network"
 PARTS, DEPTH = 1_000_000, 20  # more than any file of this program has
+NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the surrogates between stand for bytes that are not UTF-8
 
 Schema = Callable[[Any], bool] | dict[str, "Schema"]
 """What a value must satisfy; of a dictionary, each of its parts, of which those with a ? may be missing."""
@@ -71,9 +73,7 @@ def _mismatch(value: Any, schema: Schema, name: str) -> str | None:
 
 def _is_text(value: Any) -> bool:
     """Of a length and of characters that a path may have."""
-    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
-        return False
-    return value.encode(errors="ignore").decode() == value
+    return isinstance(value, str) and len(value) <= 4096 and not NOT_IN_PATHS.search(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -167,7 +167,7 @@ _META = {
     "input_size": _list_of(_is_count, 3),
     "mean": _list_of(_is_number, 3),
     "std": _list_of(_is_number, 3),
-    "networks?": _list_of({"name": _is_text, "params": _is_count, "macs": _is_number} | _ACCURACIES),
+    "networks?": _list_of({"name": _is_text, "params": _is_number, "macs": _is_number} | _ACCURACIES),
     "history?": _list_of(_is_dict),
     "config": {
         "dataset": _is_text,

@@ -156,7 +156,6 @@ def _unseen(dataset: DataSet) -> list[str]:
         counts = np.bincount(split.targets, minlength=len(dataset.classes))
         if missing := [dataset.classes[i] for i in np.flatnonzero(counts == 0)]:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            listed = listed.encode(errors="backslashreplace").decode()  # a folder may have any name
             notes.append(f"No {name} image is of these classes, about which its accuracies say nothing: {listed}.")
     return notes
 
