@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import model
+from model.online import OnlineTeacher
 from tests.processes import in_processes
-from utils import distributed
+from utils import distributed, options
+from utils.engine import Trainer
 
 
 def normalize(norm, x):
@@ -50,3 +53,34 @@ def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path, coun
     result = in_processes(count, tmp_path, normalize, norm, x)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# --- whole steps and runs
+
+
+def gradients(images, targets, flags):
+    """The gradients of one step, and what it reports, with this process's share of a batch."""
+    args = options.parse("main", ["--dataset", "digits", "--num_students", "2", *flags])
+    torch.manual_seed(0)
+    learner = OnlineTeacher([model.build("resnet_20_sparse", 4) for _ in range(2)], 4).double()
+    teacher = model.build("resnet_20", 4).double().eval()
+    trainer = Trainer(learner, teacher, args, torch.device("cpu"), "fp32")
+    share = distributed.share(len(images))
+    trainer.learner.train()
+    losses, correct, size = trainer.train_step(images[share], targets[share])
+    outcome = {name: parameter.grad for name, parameter in learner.named_parameters()} | losses
+    return outcome | {"correct": correct, "size": torch.tensor(size)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_step_of_many_processes_is_that_of_one_on_the_whole_batch(tmp_path, count):
+    """A batch that neither 2 nor 3 divide; the objective with all of its terms."""
+    torch.manual_seed(1)
+    images, targets = torch.randn(11, 3, 8, 8, dtype=torch.float64), torch.arange(11) % 4
+    flags = ["--teacher_dir", "x", "--miu", "0.5"]
+    expected = gradients(images, targets, flags)
+    result = in_processes(count, tmp_path, gradients, images, targets, [*flags, "--sync_bn"])
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(result[name].to(value) / scale, value / scale, rtol=0, atol=1e-6, msg=name)

@@ -63,7 +63,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
     images = images.double()
     velocity = {}
     for _ in range(2):
-        losses, _ = trainer.train_step(images, targets)
+        losses, *_ = trainer.train_step(images, targets)
         expected = online_distillation(*reference(images), targets, 0.7, 3, pretrained_logits=teacher(images), miu=0.4)[
             "loss"
         ]
@@ -82,7 +82,7 @@ def test_train_step_counts_correct_answers():
     trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, "fp32")
     learner.train()
     images, targets = batch()
-    _, correct = trainer.train_step(images, targets)
+    _, correct, _ = trainer.train_step(images, targets)
     student_logits, teacher_logits = learner(images)
     expected = [(logits.argmax(1) == targets).sum() for logits in (*student_logits, teacher_logits)]
     assert correct.tolist() == expected
@@ -95,7 +95,7 @@ def test_pretrained_teacher_stays_frozen_and_in_eval_mode():
     args.miu = 1.0
     trainer = Trainer(online_teacher(), teacher, args, CPU, "fp32")
     trainer.learner.train()
-    losses, _ = trainer.train_step(*batch())
+    losses, *_ = trainer.train_step(*batch())
     assert losses["kl_pretrained"] > 0
     assert not any(module.training for module in teacher.modules())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
@@ -122,7 +122,7 @@ def test_batchnorm_losses_and_optimizer_stay_float32(precision):
     learner = online_teacher()
     trainer = Trainer(learner, None, arguments(), CPU, precision)
     learner.train()
-    losses, _ = trainer.train_step(*batch())
+    losses, *_ = trainer.train_step(*batch())
     assert {value.dtype for value in losses.values()} == {torch.float32}
     floats = [value for value in learner.state_dict().values() if value.is_floating_point()]
     assert {value.dtype for value in floats} == {torch.float32}

@@ -45,7 +45,7 @@ def trained(execution, steps=3, on_device=False, device=CPU):
     returned = []
     for i in range(steps):
         trainer._set_rate(0.001 * (i + 1))
-        losses, correct = trainer.train_step(images[i].contiguous(memory_format=torch.channels_last), targets)
+        losses, correct, _ = trainer.train_step(images[i].contiguous(memory_format=torch.channels_last), targets)
         returned.append(({name: value.item() for name, value in losses.items()}, correct.tolist()))
     return trainer, returned
 

@@ -57,6 +57,10 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def total_count(count: int) -> int:
+    return int(total(torch.tensor(count))) if world_size() > 1 else count
+
+
 def largest(value: int) -> int:
     """The largest of the values, 0 or more, that the processes have."""
     if world_size() > 1:

@@ -106,7 +106,7 @@ class Trainer:
         Returns, all of the whole batch: the loss and its terms, the correct answers of each student and of the online
         teacher, and its images.
         """
-        processes, size = distributed.world_size(), int(distributed.total(torch.tensor(len(targets))))
+        processes, size = distributed.world_size(), distributed.total_count(len(targets))
         parts = max(1, min(self.accumulate, size // processes // 2))  # BatchNorm needs two images
         self.optimizer.zero_grad()
         outcome = 0
