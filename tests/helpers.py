@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +65,23 @@ def tensorboard_scalars(folder):
             for value in event.summary.value:
                 scalars.setdefault(value.tag, {})[event.step] = value.simple_value
     return scalars
+
+
+def assert_same_run(a, b):
+    """Two jobs ended alike to the bit: weights, optimizer, metrics, exported network and tensorboard."""
+    for name in ("last.pt", "model_best.pt"):
+        first, second = (load_checkpoint(job / "checkpoint" / name) for job in (a, b))
+        assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+        momenta = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (first, second)]
+        assert all(torch.equal(p, q) for p, q in zip(*momenta, strict=True))
+        for key in ("epoch", "progress", "scores", "best"):
+            assert first[key] == second[key]
+        assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    networks = [torch.load(job / "resnet_pruned_18.pt", weights_only=True)["state_dict"] for job in (a, b)]
+    assert all(torch.equal(value, networks[1][key]) for key, value in networks[0].items())
+    for phase in ("train", "test"):
+        assert tensorboard_scalars(a / "run" / phase) == tensorboard_scalars(b / "run" / phase)
 
 
 def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, size=(10, 8), mode="RGB"):

@@ -18,7 +18,7 @@ import torch
 
 import data
 from data.streaming import Shuffled
-from tests.helpers import ROOT, fail, make_tree, succeed, tensorboard_scalars
+from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
 from utils import options
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -34,23 +34,6 @@ def whole(tmp_path_factory):
     job = tmp_path_factory.mktemp("whole") / "job"
     succeed("main.py", *SMALL, "--job_dir", job)
     return job
-
-
-def assert_same_run(a, b):
-    """Two jobs ended alike to the bit: weights, optimizer, metrics, exported network and tensorboard."""
-    for name in ("last.pt", "model_best.pt"):
-        first, second = (load_checkpoint(job / "checkpoint" / name) for job in (a, b))
-        assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
-        momenta = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (first, second)]
-        assert all(torch.equal(p, q) for p, q in zip(*momenta, strict=True))
-        for key in ("epoch", "progress", "scores", "best"):
-            assert first[key] == second[key]
-        assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
-    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
-    networks = [torch.load(job / "resnet_pruned_18.pt", weights_only=True)["state_dict"] for job in (a, b)]
-    assert all(torch.equal(value, networks[1][key]) for key, value in networks[0].items())
-    for phase in ("train", "test"):
-        assert tensorboard_scalars(a / "run" / phase) == tensorboard_scalars(b / "run" / phase)
 
 
 class Run:
@@ -218,8 +201,8 @@ interruption.catch()
 with interruption.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)
-    if sys.argv[1:]:
-        os.kill(os.getpid(), signal.SIGINT)
+    for name in sys.argv[1:]:
+        os.kill(os.getpid(), getattr(signal, name))
     print("until the end", flush=True)
 print("not reached")
 """
@@ -229,10 +212,12 @@ print("not reached")
     ("second", "code", "output", "error"),
     [
         ((), 143, "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"),
-        (("again",), 130, "still here\n", ""),
+        (("SIGTERM",), 143, "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"),
+        (("SIGINT",), 130, "still here\n", ""),
     ],
 )
 def test_deferred_signal_waits_and_a_second_one_does_not(second, code, output, error):
+    """An echo of the first is not a second one."""
     result = subprocess.run(
         [sys.executable, "-c", PATIENT, *second], cwd=ROOT, capture_output=True, text=True, check=False
     )

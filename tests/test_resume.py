@@ -5,19 +5,10 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import fail, succeed, tensorboard_scalars
+from tests.helpers import assert_same_run, fail, succeed, tensorboard_scalars
 from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
-
-
-def assert_same_run(a, b):
-    """Two jobs ended alike to the bit: weights, metrics and the exported network."""
-    weights = [torch.load(job / "checkpoint" / "last.pt", weights_only=True)["model"] for job in (a, b)]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
-    networks = [torch.load(job / "resnet_pruned_18.pt", weights_only=True) for job in (a, b)]
-    assert all(torch.equal(value, networks[1]["state_dict"][key]) for key, value in networks[0]["state_dict"].items())
 
 
 def test_same_flags_give_the_same_bits(runs, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 0.2  # seconds in which the same signal once more is the same request: `timeout` sends every signal twice
 
 
 class Interruption:
@@ -24,6 +26,7 @@ class Interruption:
         self.pending = 0
         self.message = "nothing was changed"
         self._deferred = False
+        self._received_at = 0.0
 
     def catch(self) -> None:
         """Handle the signals from here on."""
@@ -31,9 +34,11 @@ class Interruption:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == self.pending and time.monotonic() - self._received_at < ECHO:
+            return
         if self.pending:  # the second signal: no more patience
             os._exit(128 + number)
-        self.pending = number
+        self.pending, self._received_at = number, time.monotonic()
         if not self._deferred:
             self.end()
 
