@@ -12,6 +12,7 @@ import model
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
+from tests.helpers import meta
 from utils import options
 from utils.checkpoint import best_of, load_checkpoint
 from utils.engine import Trainer, cosine_rate, evaluate, step_rate
@@ -20,9 +21,7 @@ from utils.job import Job
 from utils.losses import online_distillation
 
 CPU = torch.device("cpu")
-META = dict.fromkeys(
-    ["arch", "model", "conv", "groups", "pruned_num", "num_classes", "classes", "input_size", "mean", "std", "config"]
-)
+META = meta(num_classes=4, classes=list("abcd"))
 
 
 def arguments(*flags):
