@@ -51,6 +51,14 @@ def report_of(job):
     return json.loads((job / "report.json").read_text())
 
 
+def meta(model="resnet_20_sparse", **changes):
+    """What a file of weights says of its network, as main.py writes it."""
+    network = {"arch": "resnet", "model": model, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
+    data = {"classes": list("abcdefghij"), "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
+    config = {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"}
+    return network | data | {"config": config} | changes
+
+
 def tensorboard_scalars(folder):
     """{tag: {step: value}} of a tensorboard folder, read from its records by hand."""
     from tensorboardX.proto.event_pb2 import Event

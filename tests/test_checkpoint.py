@@ -8,18 +8,12 @@ import pytest
 import torch
 
 import model
+from tests.helpers import meta
 from utils import checkpoint
 from utils.contents import CHECKPOINT
 from utils.teacher import find_file, load_teacher
 
 CPU = torch.device("cpu")
-
-
-def meta(name="resnet_20_sparse", **changes):
-    network = {"arch": "resnet", "model": name, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
-    data = {"classes": list("abcdefghij"), "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
-    config = {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"}
-    return network | data | {"config": config} | changes
 
 
 def exported(path, seed=0, **changes):

@@ -14,6 +14,7 @@ import model
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
+from tests.helpers import meta
 from utils import options
 from utils.checkpoint import best_of, best_student, load_checkpoint
 from utils.engine import Trainer, cosine_rate, evaluate, step_rate
@@ -22,17 +23,11 @@ from utils.job import Job
 from utils.losses import online_distillation
 
 CPU = torch.device("cpu")
+META = meta(num_classes=4, classes=list("abcd"))
 
 
 def arguments(*flags):
     return options.parse("main", ["--dataset", "digits", *map(str, flags)])
-
-
-META = {
-    "arch": "resnet", "model": "resnet_20_sparse", "conv": "depthwise", "groups": 4, "pruned_num": 18,
-    "num_classes": 4, "classes": ["a", "b", "c", "d"], "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3,
-    "config": options.configuration(arguments()),
-}  # fmt: skip
 
 
 def online_teacher(count=2, num_classes=4):

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
     """An exported student, an exported teacher, a training checkpoint and a public checkpoint, each with its reader."""
     folder = tmp_path_factory.mktemp("files")
     exported(folder / "student.pt")
-    exported(folder / "teacher.pt", name="resnet_20")
+    exported(folder / "teacher.pt", model="resnet_20")
     training_checkpoint(folder / "last.pt", accuracies=(50.0,))
     torch.manual_seed(0)
     torch.save({"net": model.build("resnet_20").state_dict(), "acc": 90.0}, folder / "public.pt")

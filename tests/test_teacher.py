@@ -8,7 +8,7 @@ import model
 from data.loader import Batches
 from data.sources import Split
 from model import external
-from tests.helpers import fail, succeed
+from tests.helpers import fail, meta, succeed
 from utils import checkpoint
 from utils.normalization import NORMALIZATIONS
 from utils.teacher import check_accuracy, load_teacher
@@ -68,15 +68,11 @@ def test_teacher_norm_overrules_what_is_known(tmp_path):
 
 def test_exported_teacher_says_how_it_was_trained(tmp_path):
     network = model.build("resnet_20").eval()
-    meta = {
-        "arch": "resnet", "model": "resnet_20", "conv": None, "groups": None, "pruned_num": 0, "num_classes": 10,
-        "classes": list("abcdefghij"), "input_size": [3, 16, 16], "mean": [0.1, 0.1, 0.1], "std": [0.5, 0.5, 0.5],
-        "config": {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"},
-    }  # fmt: skip
-    checkpoint.export(tmp_path / "resnet_20.pt", network, meta)
+    description = meta("resnet_20", mean=[0.1] * 3, std=[0.5] * 3)
+    checkpoint.export(tmp_path / "resnet_20.pt", network, description)
     teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)
     pixels = torch.rand(2, 3, 16, 16)
-    expected = network(normalized(pixels, (meta["mean"], meta["std"])))
+    expected = network(normalized(pixels, (description["mean"], description["std"])))
     assert_same_answers(teacher(normalized(pixels, GIVEN)), expected)
     with pytest.raises(ValueError, match="knows 10 classes, the data has 3"):
         load_teacher(tmp_path, "resnet_20", 3, CPU)
