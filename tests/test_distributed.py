@@ -1,6 +1,13 @@
 """Many processes compute what one process computes on the same batches."""
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +15,7 @@ from torch import nn
 
 import model
 from model.online import OnlineTeacher
+from tests.helpers import ROOT, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
 from utils.engine import Trainer
@@ -84,3 +92,63 @@ def test_a_step_of_many_processes_is_that_of_one_on_the_whole_batch(tmp_path, co
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1e-3)
         torch.testing.assert_close(result[name].to(value) / scale, value / scale, rtol=0, atol=1e-6, msg=name)
+
+
+FLAGS = ("--dataset", "digits", "--teacher_model", "resnet_20", "--device", "cpu", "--precision", "fp32")
+
+
+def torchrun(job, *flags, processes=2, launcher=()):
+    """Start main.py in several processes; its output goes to job.log."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launcher]
+    command += [ROOT / "main.py", *FLAGS, "--job_dir", job, *flags]
+    with open(f"{job}.log", "w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def kill_one(job, run):
+    """Kill a process of the run, not the first, once there is a checkpoint."""
+    while not (job / "checkpoint" / "last.pt").exists():
+        assert run.poll() is None, Path(f"{job}.log").read_text()
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(max(map(int, children)), signal.SIGKILL)
+
+
+def metrics(job):
+    return [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_of_three_processes_is_that_of_one(tmp_path):
+    """Batches of 37 images, and 200 validation images, which 3 does not divide."""
+    flags = ("--num_students", 2, "--num_epochs", 2, "--lr", 0.01, "--train_batch_size", 37, "--val_size", 200)
+    succeed("main.py", *FLAGS, *flags, "--job_dir", tmp_path / "one")
+    run = torchrun(tmp_path / "three", *flags, "--sync_bn", processes=3)
+    assert run.wait(200) == 0, (tmp_path / "three.log").read_text()
+    one, three = metrics(tmp_path / "one"), metrics(tmp_path / "three")
+    assert len(three) == 2
+    assert three[0]["train"]["loss"]["total"] == pytest.approx(one[0]["train"]["loss"]["total"], rel=1e-2)
+    assert report_of(tmp_path / "three")["networks"][1]["test"] is not None
+    names = {path.name for path in (tmp_path / "one").rglob("*") if "events" not in path.name}
+    assert {path.name for path in (tmp_path / "three").rglob("*") if "events" not in path.name} == names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
+def test_a_process_that_dies_ends_the_run_or_has_it_started_again(tmp_path):
+    job, flags = tmp_path / "job", ("--num_students", 1, "--lambda", 0, "--num_epochs", 40)
+    run = torchrun(job, *flags)
+    kill_one(job, run)
+    assert run.wait(60) != 0
+    assert "another process of this run has died" in Path(f"{job}.log").read_text()
+    done = len(metrics(job))
+
+    run = torchrun(job, *flags, "--resume", launcher=["--max-restarts=1"])
+    while len(metrics(job)) < done + 2:
+        assert run.poll() is None, Path(f"{job}.log").read_text()
+        time.sleep(0.1)
+    kill_one(job, run)
+    assert run.wait(200) == 0, Path(f"{job}.log").read_text()
+    assert Path(f"{job}.log").read_text().count("resuming after") == 2
+    assert [line["epoch"] for line in metrics(job)] == list(range(1, 41))

@@ -250,11 +250,11 @@ def resumable(tmp_path_factory):
     started = trainer()
     started.epoch, started.best = 1, {"epoch": 1, "student": 0, "accuracy": 10.0, "loss": 2.0}
     started.train_step(torch.randn(4, 3, 2, 2), torch.arange(4))
-    scores = {"accuracy": {"students": [10.0], "online_teacher": 9.0}, "loss": {"students": [2.0]}}
+    started.scores = {"accuracy": {"students": [10.0], "online_teacher": 9.0}, "loss": {"students": [2.0]}}
     exported(folder / "student.pt")
     meta = load_student(folder / "student.pt")[1] | {"config": options.configuration(options.parse("main", FLAGS))}
     for name in ("last.pt", "model_best.pt"):
-        checkpoint.save(folder / name, started._state(scores, meta))
+        checkpoint.save(folder / name, started._state(meta))
     return folder, meta
 
 

@@ -84,7 +84,7 @@ class Trainer:
         self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
         if distributed.world_size() > 1:
             devices = [device] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.learner, devices, broadcast_buffers=not args.sync_bn)
+            self.forward = DistributedDataParallel(self.learner, devices)
         # A recorded step reads its learning rate from memory.
         self.lr_on_device = torch.zeros((), device=device) if graphed else None
         self.epoch, self.scores, self.best = 0, None, None
