@@ -41,10 +41,13 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=10)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
-        )
+        store, this, size = next(dist.rendezvous("env://", timeout=timeout))
+        # After a restart it still holds the addresses of the processes before.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=this, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run do not meet: {str(error).splitlines()[0]}") from error
     return device
