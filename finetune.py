@@ -30,8 +30,9 @@ from model.online import Students
 from utils import checkpoint, distributed, report
 from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
-from utils.engine import Trainer, top1
+from utils.engine import Trainer
 from utils.errors import UserError, run_script
+from utils.evaluation import top1
 from utils.job import Job
 from utils.report import Row
 from utils.teacher import check_accuracy, pretrained_teacher

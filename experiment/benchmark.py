@@ -49,7 +49,8 @@ from model.online import OnlineTeacher
 from utils import options
 from utils.cost import count
 from utils.device import COMPILED, GRAPH, autocast, describe, pick_device, pick_execution, pick_precision
-from utils.engine import Trainer, evaluate
+from utils.engine import Trainer
+from utils.evaluation import evaluate
 from utils.graphs import GraphedStep
 from utils.job import Job
 

@@ -1,5 +1,6 @@
 """The training step, the schedule, the choice of the best student, and what stops a run."""
 
+import copy
 import json
 import logging
 import shutil
@@ -17,8 +18,9 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import meta
 from utils import options
 from utils.checkpoint import best_of, best_student, load_checkpoint
-from utils.engine import Trainer, cosine_rate, evaluate, step_rate
+from utils.engine import Trainer, cosine_rate, step_rate
 from utils.errors import UserError
+from utils.evaluation import evaluate
 from utils.job import Job
 from utils.losses import online_distillation
 
@@ -81,6 +83,29 @@ def test_train_step_counts_correct_answers():
     student_logits, teacher_logits = learner(images)
     expected = [(logits.argmax(1) == targets).sum() for logits in (*student_logits, teacher_logits)]
     assert correct.tolist() == expected
+
+
+def test_accumulation_is_the_average_over_the_parts_of_a_batch():
+    """Seven images in three parts, each normalized by itself: the gradients against those of the parts, one by one."""
+    images, targets = batch(7)
+    learner = online_teacher().double()
+    reference = copy.deepcopy(learner)
+    trainer = Trainer(learner, None, arguments("--accumulate", 3), CPU, "fp32")
+    learner.train()
+    losses, correct, size = trainer.train_step(images.double(), targets)
+    expected, right = 0, 0
+    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
+        student_logits, teacher_logits = reference(images[part].double())
+        weight = len(targets[part]) / 7
+        loss = weight * online_distillation(student_logits, teacher_logits, targets[part], 0.8)["loss"]
+        loss.backward()
+        expected += loss.item()
+        right += (teacher_logits.argmax(1) == targets[part]).sum().item()
+    assert losses["loss"].item() == pytest.approx(expected)
+    assert correct[-1].item() == right
+    assert size == 7
+    for mine, theirs in zip(learner.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_pretrained_teacher_stays_frozen_and_in_eval_mode():

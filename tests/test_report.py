@@ -16,8 +16,8 @@ from model.online import Students
 from tests.helpers import make_tree, report_of
 from utils import checkpoint, options, report
 from utils.cost import Cost, latency
-from utils.engine import evaluate, top1
 from utils.errors import UserError
+from utils.evaluation import evaluate, top1
 from utils.report import Row
 from utils.teacher import check_accuracy
 

@@ -19,8 +19,9 @@ from data.streaming import InOrder, Shuffled, StreamedBatches, evaluation_crop, 
 from model.online import Students
 from tests.helpers import ROOT, fail, make_tree, report_of, succeed
 from utils import options
-from utils.engine import Trainer, evaluate
+from utils.engine import Trainer
 from utils.errors import UserError
+from utils.evaluation import evaluate
 from utils.job import Job
 
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -20,14 +19,12 @@ from model.online import Students
 from utils import checkpoint, distributed
 from utils.device import COMPILED, GRAPH, PLAIN, autocast
 from utils.errors import UserError
+from utils.evaluation import Scores, all_logits, by_network, evaluate, summarize
 from utils.graphs import GraphedStep
 from utils.interruption import interruption
 from utils.job import Job, flatten
 from utils.losses import online_distillation
 from utils.progress import Progress, set_random_state
-
-Scores = dict[str, dict[str, Any]]
-"""{"accuracy": ..., "loss": ...}, accuracies in %; each with "students", a list, and perhaps "online_teacher"."""
 
 # Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what. (The length
 # shapes a cosine schedule, and is fixed there.)
@@ -130,7 +127,7 @@ class Trainer:
                     pretrained_logits = self.teacher(images)
         losses = self.objective(student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits)
         with torch.no_grad():
-            correct = (_all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
+            correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
 
     def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None) -> Scores:
@@ -177,7 +174,7 @@ class Trainer:
         losses = progress.average_losses()
         return {
             "loss": {"total" if name == "loss" else name: value for name, value in losses.items()},
-            "accuracy": _by_network(self.learner, progress.accuracies()),
+            "accuracy": by_network(self.learner, progress.accuracies()),
         }
 
     def _settle(self, steps: int, job: Job) -> None:
@@ -228,7 +225,7 @@ class Trainer:
                 eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
                 job.logger.info(
                     f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
-                    f"validation {_accuracies(self.scores)}, best {self.best['accuracy']:.2f}; "
+                    f"validation {summarize(self.scores)}, best {self.best['accuracy']:.2f}; "
                     f"{images_per_second:,.0f} images/s, {timedelta(seconds=round(eta))} left"
                 )
             if self.epoch == self.num_epochs:
@@ -326,37 +323,6 @@ class Trainer:
             )
 
 
-def evaluate(learner: Students, batches: Batches) -> Scores:
-    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported.
-
-    Of the batches of all processes, which each have their share of the images.
-
-    The accuracy of a network that gives a logit that is not finite is NaN.
-    """
-    learner.eval()
-    count = correct = loss = 0
-    with torch.inference_mode():
-        for images, targets in batches:
-            logits = _all_logits(*learner(images))
-            count += len(targets)  # not batches.num_images, of which some may turn out to be damaged
-            hits = (logits.argmax(-1) == targets).float()
-            correct = correct + hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(1)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
-            loss = loss + losses.view(len(logits), -1).sum(1)
-    own = torch.tensor([count, *correct.tolist(), *loss.tolist()], dtype=torch.float64)
-    count, *totals = distributed.total(own).tolist()
-    correct, loss = totals[: len(totals) // 2], totals[len(totals) // 2 :]
-    return {
-        "accuracy": _by_network(learner, [100 * hits / count for hits in correct]),
-        "loss": _by_network(learner, [total / count for total in loss]),
-    }
-
-
-def top1(network: nn.Module, batches: Batches) -> float:
-    """Top-1 accuracy in % of one network."""
-    return evaluate(Students([network]), batches)["accuracy"]["students"][0]
-
-
 def step_rate(base: float, decay_epochs: list[int], epoch: int) -> float:
     """Learning rate of `epoch` (from 1): a tenth of it after each of decay_epochs."""
     return base * 0.1 ** sum(epoch > decay for decay in decay_epochs)
@@ -370,21 +336,3 @@ def cosine_rate(base: float, num_epochs: int, epoch: int) -> float:
 def _as_flag(value: Any) -> str:
     """A value as it is typed after its flag: [150, 225] is 150 225."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
-    """(N, B, K), or (N + 1, B, K) with the online teacher's logits last."""
-    return student_logits if teacher_logits is None else torch.cat([student_logits, teacher_logits[None]])
-
-
-def _by_network(learner: Students, values: list[float]) -> dict[str, Any]:
-    """A value for each row of `_all_logits`, by whose it is."""
-    count = len(learner.students)
-    return {"students": values[:count]} | ({"online_teacher": values[count]} if len(values) > count else {})
-
-
-def _accuracies(scores: Scores) -> str:
-    """For a log line: "students 91.20 91.52, online teacher 92.31"."""
-    accuracy = scores["accuracy"]
-    text = ("students " if len(accuracy["students"]) > 1 else "") + " ".join(f"{x:.2f}" for x in accuracy["students"])
-    return text + (f", online teacher {accuracy['online_teacher']:.2f}" if "online_teacher" in accuracy else "")

@@ -17,8 +17,8 @@ from model import architecture_of, build, external, from_public, variant_for
 from utils.checkpoint import build_with, load, load_student
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
-from utils.engine import top1
 from utils.errors import UserError
+from utils.evaluation import top1
 from utils.normalization import NORMALIZATIONS, MeanStd, parse
 
 # Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.
