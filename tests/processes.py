@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from utils import distributed
+
 
 def in_processes(count, folder, work, *args):
     """`work(*args)` in each of `count` processes, one thread each; what process 0 returned."""
@@ -19,4 +21,4 @@ def _join(rank, count, folder, work, args):
     result = work(*copy.deepcopy(args))  # spawn shares the memory of tensors
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
-    dist.destroy_process_group()
+    distributed.stop()

@@ -85,8 +85,9 @@ def copy_buffers_of_first(network: nn.Module) -> None:
 
 
 def stop() -> None:
-    """Take leave of the other processes."""
+    """Take leave of the other processes, all at once: one that is still at it would not survive the others' leave."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
