@@ -125,7 +125,8 @@ def test_interrupted_run_goes_on_with_the_command_that_it_prints(whole, tmp_path
     assert 5 <= saved["progress"]["position"] < 41
     command = line.split("continue with: ")[1]
     assert shlex.split(command)[0] == sys.executable
-    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the run before had
+    result = subprocess.run(command, shell=True, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=True)
     assert f"resuming after epoch 1 and {saved['progress']['position']} steps of the next" in result.stdout
     assert_same_run(whole, job)
 
