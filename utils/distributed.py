@@ -5,6 +5,7 @@ image of a batch from the r-th on, DistributedDataParallel averages the gradient
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -85,10 +86,14 @@ def copy_buffers_of_first(network: nn.Module) -> None:
 
 
 def stop() -> None:
-    """Take leave of the other processes, all at once: one that is still at it would not survive the others' leave."""
+    """End this process together with the others, if there are any, when all of its work is done.
+
+    At once, for torch may abort a process in which it takes down its threads and groups of processes by itself.
+    """
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def share(count: int) -> slice:
