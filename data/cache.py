@@ -75,7 +75,7 @@ def _load(cache: Path, fingerprint: str, count: int) -> dict[str, np.ndarray] | 
                 return None
             content = {name: file[name] for name in ("images", "damaged", "reasons")}
     except Exception:  # a damaged file can raise anything
-        print(f"{cache} is damaged: decoding the images again", flush=True)
+        print(f"{cache} is damaged, or of another version: decoding the images again", flush=True)
         return None
     images, damaged = content["images"], content["damaged"]
     expected = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3

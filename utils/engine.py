@@ -76,7 +76,7 @@ class Trainer:
         graphed = execution in (GRAPH, COMPILED)
         if graphed:
             self.train_step = GraphedStep(self.train_step)
-        if args.sync_bn:
+        if args.sync_bn and distributed.world_size() > 1:
             distributed.synchronize_batch_norm(self.learner)
         self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
         if distributed.world_size() > 1:
