@@ -1,4 +1,4 @@
-"""The training step, the schedule, the choice of the best student, and what stops a run."""
+"""The training step, the schedule, what a run keeps, and what stops it."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from data.sources import Split
 from model.online import OnlineTeacher, Students
 from tests.helpers import meta
 from utils import options
-from utils.checkpoint import best_of, best_student, load_checkpoint
+from utils.checkpoint import best_student, load_checkpoint
 from utils.engine import Trainer, cosine_rate, step_rate
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -186,34 +186,6 @@ def test_every_step_takes_its_own_rate(job, monkeypatch):
     trainer.epoch = 1
     trainer.train_one_epoch(train, job)
     assert taken == pytest.approx([0.4 * step / 6 for step in range(1, 7)])
-
-
-def test_evaluate_against_a_plain_count():
-    learner = online_teacher(3)
-    learner.train()(torch.randn(16, 3, 8, 8))
-    generator = np.random.default_rng(0)
-    split = Split(generator.integers(0, 256, (25, 8, 8, 3), np.uint8), generator.integers(0, 4, 25))
-    scores = evaluate(learner, Batches(split, 10, (0.5,) * 3, (0.2,) * 3, CPU))
-    with torch.no_grad():
-        images = torch.from_numpy((split.images / 255 - 0.5) / 0.2).permute(0, 3, 1, 2).float()
-        student_logits, teacher_logits = learner.eval()(images)
-    targets = torch.from_numpy(split.targets)
-    for i, logits in enumerate(student_logits):
-        assert scores["accuracy"]["students"][i] == pytest.approx(
-            100 * (logits.argmax(1) == targets).float().mean().item()
-        )
-        assert scores["loss"]["students"][i] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-4)
-    assert scores["accuracy"]["online_teacher"] == pytest.approx(
-        100 * (teacher_logits.argmax(1) == targets).float().mean().item()
-    )
-    assert scores["loss"]["online_teacher"] == pytest.approx(F.cross_entropy(teacher_logits, targets).item(), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "losses", "best"), [([1, 3, 2], [0, 9, 0], 1), ([3, 3, 2], [5, 4, 0], 1), ([3, 3], [4, 5], 0)]
-)
-def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, losses, best):
-    assert best_of({"accuracy": {"students": accuracies}, "loss": {"students": losses}}) == best
 
 
 @pytest.fixture
