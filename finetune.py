@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = (args.refine, args.teacher_dir)
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
     with distributed.first_on_each_machine():
-        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
+        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
     if dataset.classes != source["classes"]:
         raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
     dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
@@ -99,7 +99,8 @@ def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
     args.dataset = args.dataset or config["dataset"]
     if args.dataset == config["dataset"]:
         args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
-        args.image_size = args.image_size or config.get("image_size")
+        for name in ("image_size", "train_size"):
+            setattr(args, name, getattr(args, name) or config.get(name))
         if args.val_size not in (None, 0, config["val_size"]):
             raise UserError(
                 f"--val_size {args.val_size:g}, but {args.refine} was trained with {config['val_size']:g}: it would "

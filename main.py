@@ -24,7 +24,7 @@ from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
-from model.online import OnlineTeacher, Students
+from model.online import GatedEnsemble, OnlineTeacher, Students
 from utils import checkpoint, distributed, report
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
     with distributed.first_on_each_machine():
-        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size)
+        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     teacher = pretrained_teacher(args, dataset, device)
     torch.manual_seed(args.seed)
@@ -63,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
-        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
+        role = "" if args.miu else ", only to compare with"
+        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set{role}")
     trainer.fit(loaders.train, loaders.val, job, meta)
 
     trainer.load_best(job)
@@ -94,9 +95,9 @@ def build_standard(args: argparse.Namespace, dataset: DataSet) -> nn.Module:
 
 
 def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
-    """What is trained: the standard network alone, or students with an online teacher.
+    """What is trained: the standard network alone, or students, with the teacher that --method makes of them.
 
-    One student that no online teacher teaches (--lambda 0) needs none: plain training, or offline distillation.
+    One student that no online teacher teaches (--lambda 0) needs none.
 
     Raises:
         UserError: the networks do not take such images, or do not tell so many classes apart.
@@ -108,7 +109,11 @@ def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
         variant = variant_for(args.arch, args.student_model, dataset.input_size)
         networks = [build_student(args, num_classes, **variant) for _ in range(args.num_students)]
     check_fits(networks[0], trained_model(args), dataset.input_size, num_classes)
-    return Students(networks) if len(networks) == 1 and not args.lam else OnlineTeacher(networks, num_classes)
+    if args.method == "one":
+        return GatedEnsemble(networks)
+    if args.method == "od" and (args.lam or len(networks) > 1):
+        return OnlineTeacher(networks, num_classes)
+    return Students(networks)
 
 
 def trained_model(args: argparse.Namespace) -> str:

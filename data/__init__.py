@@ -15,7 +15,14 @@ DOWNLOADS = Path(__file__).with_name("downloads")
 NAMES = ("digits", *PUBLISHED, "imagenet", "folder")
 
 
-def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1, image_size: int | None = None) -> DataSet:
+def load(
+    name: str,
+    data_dir: Path | None,
+    val_size: float,
+    workers: int = 1,
+    image_size: int | None = None,
+    train_size: float | None = None,
+) -> DataSet:
     """Load a data set by name and split the validation set from its training set.
 
     The split is stratified and depends on the data and val_size alone, so that a pretrained teacher, its students and
@@ -26,10 +33,11 @@ def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1, im
         val_size: a fraction below 1 or a number of images. 0: validate on the test set.
         workers: threads that decode small images.
         image_size: pixels on each side of streamed images; None: 224, and small images of one size do not stream.
+        train_size: training images to keep of those that validation leaves, stratified, too: as val_size; None: all.
 
     Raises:
         UserError: an unknown name, data that is missing or malformed, an image_size for images that do not stream, a
-            val_size that leaves nothing to train on.
+            val_size or train_size that leaves nothing to train on or asks for more than there is.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set '{name}': choose from {', '.join(NAMES)}")
@@ -42,15 +50,30 @@ def load(name: str, data_dir: Path | None, val_size: float, workers: int = 1, im
     else:
         dataset = digits() if name == "digits" else published(name, data_dir or DOWNLOADS)
 
+    if len(dataset.train) < 2:
+        raise UserError(f"{name} has {len(dataset.train)} training image: at least 2 are needed")
+    dataset = _with_validation(dataset, val_size)
+    if train_size is None:
+        return dataset
     count = len(dataset.train)
-    if count < 2:
-        raise UserError(f"{name} has {count} training image: at least 2 are needed")
+    size = _number_of(train_size, count)
+    if not 2 <= size <= count:
+        raise UserError(f"--train_size {train_size:g} is not between 2 and the {count} training images that there are")
+    return replace(dataset, train=dataset.train[stratified_split(dataset.train.targets, size)[0]])
+
+
+def _with_validation(dataset: DataSet, val_size: float) -> DataSet:
     if val_size == 0:
         return replace(dataset, val=dataset.test)
     if dataset.val is not None:
         return dataset
-    size = max(1, round(val_size * count)) if val_size < 1 else int(val_size)
+    count = len(dataset.train)
+    size = max(1, _number_of(val_size, count))
     if size >= count - 1:
         raise UserError(f"--val_size {val_size:g} leaves nothing to train on: there are {count} training images")
     val, train = stratified_split(dataset.train.targets, size)
     return replace(dataset, train=dataset.train[train], val=dataset.train[val])
+
+
+def _number_of(size: float, count: int) -> int:
+    return round(size * count) if size < 1 else int(size)

@@ -1,4 +1,4 @@
-"""N students side by side, and the online teacher made of them (arXiv 1909.13063, section 3)."""
+"""N students side by side, and the teachers made of them: the paper's (arXiv 1909.13063, section 3) and ONE's."""
 
 from collections.abc import Sequence
 
@@ -44,3 +44,25 @@ class OnlineTeacher(Students):
         student_logits = [student.forward_head(f) for student, f in zip(self.students, features, strict=True)]
         fused = norm_relu(self.norm, torch.cat(features, dim=1))
         return torch.stack(student_logits), self.fc(fused.mean((2, 3)))
+
+
+class GatedEnsemble(Students):
+    """N students whose logits, weighted by a gate, make the teacher of ONE (arXiv 1806.04606, section 3.1).
+
+    Gate: Linear - BatchNorm - ReLU - softmax over students, for each image. There it looks at the layers that branches
+    share; whole networks share none, so here it looks at their pooled features, concatenated. Students as for
+    OnlineTeacher.
+    """
+
+    def __init__(self, students: Sequence[nn.Module]):
+        super().__init__(students)
+        self.fc = nn.Linear(sum(student.num_features for student in students), len(students))
+        self.norm = nn.BatchNorm1d(len(students))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> (student_logits (N, B, K), teacher_logits (B, K))."""
+        features = [student.forward_features(x) for student in self.students]
+        logits = torch.stack([student.forward_head(f) for student, f in zip(self.students, features, strict=True)])
+        pooled = torch.cat([f.mean((2, 3)) for f in features], dim=1)
+        gate = self.norm(self.fc(pooled)).relu().softmax(dim=1)
+        return logits, torch.einsum("bn,nbk->bk", gate, logits)

@@ -90,6 +90,18 @@ def test_folder_leaves_out_hidden_folders_and_takes_nested_ones(tmp_path):
     assert source.train.targets.tolist() == [0] * 6 + [1] * 12
 
 
+@pytest.mark.parametrize(("train_size", "expected"), [(100, 100), (0.5, 646), (None, 1293)])
+def test_a_part_of_the_training_set_validates_on_the_same_images(train_size, expected):
+    whole, part = data.load("digits", None, 0.1), data.load("digits", None, 0.1, train_size=train_size)
+    assert len(part.train) == expected
+    assert (part.val.images == whole.val.images).all()
+    known = {image.tobytes() for image in whole.train.images}
+    assert len({image.tobytes() for image in part.train.images} & known) == expected
+    counts = np.bincount(part.train.targets) / np.bincount(whole.train.targets)
+    assert counts.max() - counts.min() < 2 / np.bincount(whole.train.targets).min()
+    assert (part.mean, part.std) == (whole.mean, whole.std)
+
+
 def test_folder_with_val_for_test_and_with_both(tmp_path):
     make_tree(tmp_path / "a", splits=("train", "val"))
     assert folder(tmp_path / "a", 1).val is None

@@ -37,14 +37,14 @@ def trained(execution, steps=3, on_device=False, device=CPU):
     args = options.parse("main", ["--dataset", "digits"])
     trainer = Trainer(learner, None, args, device, "fp32", execution)
     if on_device:
-        trainer.lr_on_device = torch.zeros((), device=device)
+        trainer.on_device = torch.ones(2, device=device).unbind()
     trainer.learner.train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(steps, 8, 3, 8, 8, generator=generator).to(device)
     targets = (torch.arange(8) % 4).to(device)
     returned = []
     for i in range(steps):
-        trainer._set_rate(0.001 * (i + 1))
+        trainer._set(0.001 * (i + 1), rampup=i / steps)
         losses, correct, _ = trainer.train_step(images[i].contiguous(memory_format=torch.channels_last), targets)
         returned.append(({name: value.item() for name, value in losses.items()}, correct.tolist()))
     return trainer, returned
@@ -102,7 +102,7 @@ def test_checkpoints_are_the_same_whatever_trained_them():
     assert fast["optimizer"]["param_groups"] == plain["optimizer"]["param_groups"]
 
 
-def test_a_learning_rate_in_memory_trains_the_same_and_is_saved_as_a_number():
+def test_a_learning_rate_and_a_rampup_in_memory_train_the_same_and_is_saved_as_a_number():
     """That is where a recorded step reads it."""
     (plain, expected), (trainer, returned) = trained(PLAIN), trained(PLAIN, on_device=True)
     for (losses, correct), (wanted, wanted_correct) in zip(returned, expected, strict=True):
@@ -112,8 +112,8 @@ def test_a_learning_rate_in_memory_trains_the_same_and_is_saved_as_a_number():
     assert all(type(rate) is float for rate in rates)
     assert rates[1] == pytest.approx(rates[0])
     trainer.optimizer.load_state_dict(copy.deepcopy(trainer._state({}, {})["optimizer"]))
-    trainer._set_rate(0.5)
-    assert trainer.optimizer.param_groups[0]["lr"] is trainer.lr_on_device
+    trainer._set(0.5, rampup=1.0)
+    assert trainer.optimizer.param_groups[0]["lr"] is trainer.on_device[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

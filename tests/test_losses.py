@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils.losses import online_distillation
+from utils.losses import mutual_learning, objective, online_distillation
 
 N, B, K = 3, 5, 4
 
@@ -120,3 +120,80 @@ def test_impossible_objectives_are_refused(logits, arguments, message):
     student, teacher, _, targets = logits
     with pytest.raises(ValueError, match=message):
         online_distillation(**{"student_logits": student, "teacher_logits": teacher, "targets": targets, **arguments})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["batchmean", "element"])
+def test_mutual_learning_is_its_formula(logits, reduction, temperature):
+    student, _, _, targets = logits
+    losses = mutual_learning(student, targets, 0.7, temperature, reduction)
+
+    z = student.tolist()
+    pairs = [slow_kl(z[j], z[i], temperature, reduction) for i in range(N) for j in range(N) if i != j]
+    assert losses["ce_students"].item() == pytest.approx(sum(slow_cross_entropy(rows, targets.tolist()) for rows in z))
+    assert losses["kl_online"].item() == pytest.approx(0.7 * temperature**2 * sum(pairs) / (N - 1))
+    assert losses["loss"].item() == pytest.approx((losses["ce_students"] + losses["kl_online"]).item())
+
+
+def test_a_student_learns_from_its_peers_and_not_them_from_it(logits):
+    """The gradient of student i is that of 1/(N-1) sum_j KL(p_j || p_i) with p_j constant: mean over j of p_i - p_j."""
+    student, _, _, targets = logits
+    (gradient,) = torch.autograd.grad(mutual_learning(student, targets)["kl_online"], student)
+    p = student.detach().softmax(-1)
+    expected = torch.stack([p[i] - p[[j for j in range(N) if j != i]].mean(0) for i in range(N)]) / B
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_detached_online_teacher_learns_from_targets_alone(logits):
+    student, teacher, _, targets = logits
+    losses = online_distillation(student, teacher, targets, 0.8, detach_teacher=True)
+    mutual = online_distillation(student, teacher, targets, 0.8)
+    assert losses["loss"].item() == mutual["loss"].item()
+    gradients = torch.autograd.grad(losses["loss"], (student, teacher))
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(teacher, targets), teacher)
+    torch.testing.assert_close(gradients[1:], expected)
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(mutual["loss"], student)[0])
+
+
+def test_rampup_is_a_factor_of_the_online_term(logits):
+    student, teacher, pretrained, targets = logits
+    for function in (objective("od", 0.8, 4.0, 1.0, "batchmean"), objective("dml", 1.0, 1.0, 0.0, "batchmean")):
+        whole = function(student, teacher, targets, pretrained_logits=pretrained)
+        for rampup in (0.25, torch.tensor(0.25)):
+            losses = function(student, teacher, targets, pretrained_logits=pretrained, rampup=rampup)
+            for name, term in losses.items():
+                if name != "loss":
+                    assert term.item() == pytest.approx(whole[name].item() * (0.25 if name == "kl_online" else 1))
+
+
+def test_objectives_of_the_methods(logits):
+    """Which terms, from whom: plain training, Hinton's distillation, ONE as the detached case, mutual learning."""
+    student, teacher, pretrained, targets = logits
+
+    def terms(method, teacher, lam, temperature, miu):
+        losses = objective(method, lam, temperature, miu, "batchmean")(
+            student, teacher, targets, pretrained_logits=pretrained if miu else None
+        )
+        return losses["loss"], {name: term.item() for name, term in losses.items() if name != "loss"}
+
+    z, z_p, y = student.tolist(), pretrained.tolist(), targets.tolist()
+    plain = sum(slow_cross_entropy(rows, y) for rows in z)
+    assert terms("scratch", None, 0.0, 4.0, 0.0)[1] == pytest.approx({"ce_students": plain})
+    from_teacher = 16 * sum(slow_kl(z_p, rows, 4.0, "batchmean") for rows in z)
+    expected = {"ce_students": plain, "kl_pretrained": from_teacher}
+    assert terms("kd", None, 0.0, 4.0, 1.0)[1] == pytest.approx(expected)
+    loss, values = terms("one", teacher, 1.0, 3.0, 0.0)
+    assert values["kl_online"] == pytest.approx(
+        9 * sum(slow_kl(teacher.tolist(), rows, 3.0, "batchmean") for rows in z)
+    )
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(teacher, targets), teacher)
+    torch.testing.assert_close(torch.autograd.grad(loss, teacher), expected)
+    assert set(terms("dml", None, 1.0, 1.0, 0.0)[1]) == {"ce_students", "kl_online"}
+
+
+def test_mutual_learning_needs_two(logits):
+    student, _, _, targets = logits
+    with pytest.raises(ValueError, match="at least two students"):
+        mutual_learning(student[:1], targets)
+    with pytest.raises(ValueError, match="batchmean, element"):
+        mutual_learning(student, targets, reduction="sum")

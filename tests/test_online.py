@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model
-from model.online import OnlineTeacher, Students
+from model.online import GatedEnsemble, OnlineTeacher, Students
 from utils.losses import online_distillation
 
 
@@ -76,3 +76,20 @@ def test_students_without_online_teacher():
 def test_no_students_is_an_error():
     with pytest.raises(ValueError, match="at least one student"):
         OnlineTeacher([], 10)
+
+
+def test_gated_ensemble_weighs_logits_by_a_gate_for_each_image():
+    ensemble = GatedEnsemble(students(3)).double().train()
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    student_logits, teacher_logits = ensemble(x)
+
+    pooled = torch.cat([student.forward_features(x).mean((2, 3)) for student in ensemble.students], dim=1)
+    scores = pooled @ ensemble.fc.weight.T + ensemble.fc.bias
+    normalized = (scores - scores.mean(0)) / (scores.var(0, unbiased=False) + 1e-5).sqrt()
+    powers = torch.where(normalized > 0, normalized, 0).exp()
+    gate = powers / powers.sum(1, keepdim=True)
+    expected = sum(gate[:, i, None] * student(x) for i, student in enumerate(ensemble.students))
+    torch.testing.assert_close(teacher_logits, expected)
+    assert (gate.std(0) > 0).all(), "the same gate for every image would test nothing"
+    for logits, student in zip(student_logits, ensemble.students, strict=True):
+        torch.testing.assert_close(logits, student(x))

@@ -58,6 +58,16 @@ REFINE = ("--refine", "x.pt")
         ("main", ("--pretrain", "--lambda", "0.5"), "leave out --lambda"),
         ("main", ("--pretrain", "--conv", "shift"), "leave out --conv"),
         ("main", ("--student_model", "resnet_20", "--conv", "shift"), "leave out --conv or add _sparse"),
+        ("main", ("--pretrain", "--method", "kd"), "leave out --method"),
+        ("main", ("--method", "hinton"), "invalid choice: 'hinton'"),
+        ("main", ("--method", "scratch", "--lambda", "1"), "scratch has no online term: leave out --lambda"),
+        ("main", ("--method", "kd", "--teacher_dir", "x", "--rampup_epochs", "1"), "leave out --rampup_epochs"),
+        ("main", ("--method", "dml", "--teacher_dir", "x", "--miu", "1"), "no pretrained teacher: leave out --miu"),
+        ("main", ("--method", "kd"), "give --teacher_dir"),
+        ("main", ("--method", "kd", "--teacher_dir", "x", "--miu", "0"), "no --miu 0"),
+        ("main", ("--method", "one", "--num_students", "1"), "--num_students must be 2 or more"),
+        ("main", ("--method", "one", "--detach_teacher"), "belongs to --method od"),
+        ("main", ("--train_size", "0"), "above 0"),
         ("main", ("--scheduler", "cosine", "--lr_decay_step", "3"), "--scheduler step"),
         ("main", ("--resume", "--reset"), "give one of them"),
         ("main", ("--test_only", "--reset"), "leave out --reset"),
@@ -65,6 +75,7 @@ REFINE = ("--refine", "x.pt")
         ("finetune", (*REFINE, "--pretrain"), "belongs to main.py"),
         ("finetune", (*REFINE, "--lambda", "0.8"), "leave out --lambda"),
         ("finetune", (*REFINE, "--num_students", "4"), "leave out --num_students"),
+        ("finetune", (*REFINE, "--method", "od"), "leave out --method"),
         ("finetune", (*REFINE, "--miu", "1"), "needs a pretrained teacher"),
     ],
 )
@@ -81,6 +92,21 @@ def test_defaults_are_the_paper_s_recipe():
     assert args.kl_reduction == "batchmean"
     assert options.parse("main", ["--teacher_dir", "x"]).miu == 1.0
     assert options.parse("finetune", [*REFINE]).lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),  # students, lambda, miu, T, epochs of ramp-up, of the papers; with a pretrained teacher
+    [
+        ("od", (4, 0.8, 1.0, 4.0, 0.0)),
+        ("scratch", (1, 0.0, 0.0, 4.0, 0.0)),
+        ("kd", (1, 0.0, 1.0, 4.0, 0.0)),
+        ("dml", (4, 1.0, 0.0, 1.0, 0.0)),
+        ("one", (4, 1.0, 0.0, 3.0, 80.0)),
+    ],
+)
+def test_defaults_of_a_method_are_those_of_its_paper(method, expected):
+    args = options.parse("main", ["--method", method, "--teacher_dir", "x"])
+    assert (args.num_students, args.lam, args.miu, args.temperature, args.rampup_epochs) == expected
 
 
 def test_choices_are_those_of_the_code():
@@ -159,6 +185,7 @@ def job_dir_that_is_a_file(path):
         (lambda path: ("--conv", "group", "--groups", 3), "does not divide the 16 channels"),
         (lambda path: ("--pruned_num", 19), "out of range: this network has 18"),
         (lambda path: ("--val_size", 5000), "leaves nothing to train on"),
+        (lambda path: ("--train_size", 5000), "not between 2 and the 1293 training images"),
         (lambda path: ("--device", "tpu"), "choose auto, cpu"),
         (lambda path: ("--device", "cuda:99"), "not usable here"),
         (job_dir_below_a_file, "not a writable folder"),

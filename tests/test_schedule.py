@@ -1,22 +1,15 @@
-"""Learning rates by epoch and step."""
+"""Learning rates, and the weight of the online term, by epoch and step."""
+
+import math
 
 import pytest
-import torch
 
-import model
-from model.online import Students
 from utils import options
-from utils.engine import Trainer, cosine_rate, step_rate
-
-CPU = torch.device("cpu")
+from utils.schedule import Schedule, cosine_rate, step_rate
 
 
 def arguments(*flags):
     return options.parse("main", ["--dataset", "digits", *map(str, flags)])
-
-
-def student():
-    return Students([model.build("resnet_20_sparse")])
 
 
 def test_learning_rates():
@@ -32,11 +25,18 @@ def test_default_decay_is_after_a_half_and_three_quarters(epochs, expected):
 
 
 def test_rate_rises_linearly_over_the_warm_up():
-    trainer = Trainer(student(), None, arguments("--lr", 0.4, "--warmup_epochs", 1.5), CPU, "fp32")
-    rates = []
-    for trainer.epoch in (1, 2):
-        rates += [trainer.rate(step, 4) for step in (1, 2, 3, 4)]
+    schedule = Schedule(arguments("--lr", 0.4, "--warmup_epochs", 1.5))
+    rates = [schedule.rate(epoch, step / 4) for epoch in (1, 2) for step in (1, 2, 3, 4)]
     assert rates == pytest.approx([0.4 * step / 6 for step in range(1, 7)] + [0.4, 0.4])
-    trainer = Trainer(student(), None, arguments("--lr", 0.4, "--warmup_epochs", 0), CPU, "fp32")
-    trainer.epoch = 1
-    assert trainer.rate(1, 4) == 0.4
+    assert Schedule(arguments("--lr", 0.4, "--warmup_epochs", 0)).rate(1, 0.25) == 0.4
+
+
+def test_online_term_ramps_up_as_the_paper_of_one_does_it():
+    """80 of 300 epochs for ONE; the other methods have the whole weight from the first step."""
+    schedule = Schedule(arguments("--method", "one", "--num_epochs", 300))
+    assert schedule.rampup(1, 0.0) == pytest.approx(math.exp(-5))
+    assert schedule.rampup(41, 0.0) == pytest.approx(math.exp(-1.25))
+    assert schedule.rampup(80) == schedule.rampup(200) == 1.0
+    assert Schedule(arguments()).rampup(1, 0.0) == 1.0
+    schedule = Schedule(arguments("--rampup_epochs", 2))
+    assert [schedule.rampup(1, 1.0), schedule.rampup(2, 1.0)] == pytest.approx([math.exp(-1.25), 1.0])

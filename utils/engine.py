@@ -5,7 +5,6 @@ import math
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from utils.evaluation import Scores, all_logits, by_network, evaluate, summarize
 from utils.graphs import GraphedStep
 from utils.interruption import interruption
 from utils.job import Job, flatten
-from utils.losses import online_distillation
+from utils.losses import objective
 from utils.progress import Progress, set_random_state
+from utils.schedule import Schedule
 
 # Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what. (The length
 # shapes a cosine schedule, and is fixed there.)
@@ -62,17 +62,13 @@ class Trainer:
         self.device, self.precision, self.execution = device, precision, execution
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.save_every = 60 * args.save_every_minutes if args.save_every_minutes else math.inf  # seconds
-        self.objective = partial(
-            online_distillation, lam=args.lam, temperature=args.temperature, miu=args.miu, reduction=args.kl_reduction
+        self.objective = objective(
+            args.method, args.lam, args.temperature, args.miu, args.kl_reduction, args.detach_teacher
         )
         self.optimizer = torch.optim.SGD(
             learner.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
         )
-        if args.scheduler == "step":
-            self.learning_rate = partial(step_rate, args.lr, args.lr_decay_step)
-        else:
-            self.learning_rate = partial(cosine_rate, args.lr, args.num_epochs)
-        self.warmup_epochs, self.accumulate = args.warmup_epochs, args.accumulate
+        self.schedule, self.accumulate = Schedule(args), args.accumulate
         graphed = execution in (GRAPH, COMPILED)
         if graphed:
             self.train_step = GraphedStep(self.train_step)
@@ -82,20 +78,11 @@ class Trainer:
         if distributed.world_size() > 1:
             devices = [device] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.learner, devices)
-        # A recorded step reads its learning rate from memory.
-        self.lr_on_device = torch.zeros((), device=device) if graphed else None
+        self.rampup = 1.0
+        # A recorded step reads the learning rate, and the factor of the online term, from memory.
+        self.on_device = torch.ones(2, device=device).unbind() if graphed else None
         self.epoch, self.scores, self.best = 0, None, None
         self.progress, self.saved_at = Progress(), time.monotonic()
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of `step` (from 1) of the `steps` of the current epoch; it rises linearly to warm up.
-
-        ResNets this deep do not start to learn at their full rate (He et al., arXiv 1512.03385, section 4.2), and the
-        distillation terms make the first steps steeper still: without a warm-up, ResNet-56 students diverge.
-        """
-        progress = self.epoch - 1 + step / steps
-        warm = min(1.0, progress / self.warmup_epochs) if self.warmup_epochs else 1.0
-        return self.learning_rate(self.epoch) * warm
 
     def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, int]:
         """One step of SGD on a batch, of which each process has its share, in --accumulate parts.
@@ -125,7 +112,9 @@ class Trainer:
             if self.teacher is not None:
                 with torch.no_grad():
                     pretrained_logits = self.teacher(images)
-        losses = self.objective(student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits)
+        losses = self.objective(
+            student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits, rampup=self.rampup
+        )
         with torch.no_grad():
             correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
@@ -149,7 +138,8 @@ class Trainer:
         total, done = batches.num_images, progress.images
         with tqdm(desc=title, total=total, initial=done, unit=" images", leave=False, disable=None) as bar:
             for images, targets in batches:
-                self._set_rate(self.rate(progress.steps + 1, steps))
+                moment = self.epoch, (progress.steps + 1) / steps
+                self._set(self.schedule.rate(*moment), self.schedule.rampup(*moment))
                 losses, hits, size = self.train_step(images, targets)
                 progress.add(losses, hits, size)
                 bar.update(size)
@@ -181,11 +171,12 @@ class Trainer:
         """Wait for the device, and check the losses since the last time."""
         losses = self.progress.settle()
         for step, terms in enumerate(losses, start=self.progress.steps - len(losses) + 1):
-            self._check_finite(terms, f"step {step}", self.rate(step, steps), job)
+            self._check_finite(terms, f"step {step}", self.schedule.rate(self.epoch, step / steps), job)
 
-    def _set_rate(self, rate: float) -> None:
-        if self.lr_on_device is not None:
-            rate = self.lr_on_device.fill_(rate)
+    def _set(self, rate: float, rampup: float) -> None:
+        if self.on_device:
+            rate, rampup = (memory.fill_(value) for memory, value in zip(self.on_device, (rate, rampup), strict=True))
+        self.rampup = rampup
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -216,7 +207,7 @@ class Trainer:
                 train_scores = self.train_one_epoch(train, job, meta)
                 images_per_second = images / (time.perf_counter() - epoch_started)
                 self.scores = evaluate(self.learner, val)
-                rate = self.rate(len(train), len(train))
+                rate = self.schedule.rate(self.epoch)
                 self._check_finite(flatten(self.scores), "on the validation set", rate, job)
 
                 self._keep_best(job, meta)
@@ -321,16 +312,6 @@ class Trainer:
                 f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
                 "lower --lr, --lambda or --miu, raise --warmup_epochs, or try --precision fp32"
             )
-
-
-def step_rate(base: float, decay_epochs: list[int], epoch: int) -> float:
-    """Learning rate of `epoch` (from 1): a tenth of it after each of decay_epochs."""
-    return base * 0.1 ** sum(epoch > decay for decay in decay_epochs)
-
-
-def cosine_rate(base: float, num_epochs: int, epoch: int) -> float:
-    """Learning rate of `epoch` (from 1): half a cosine from base down to 0 (arXiv 1608.03983, without restarts)."""
-    return base / 2 * (1 + math.cos(math.pi * (epoch - 1) / num_epochs))
 
 
 def _as_flag(value: Any) -> str:

@@ -1,17 +1,45 @@
-"""The objective (arXiv 1909.13063, section 3).
+"""The objective (arXiv 1909.13063, section 3), and those of the methods that it is compared with.
 
     L = CE(z_t, y) + sum_i CE(z_i, y)
       + lambda T^2 sum_i KL(p_t || p_i)      online: the teacher is not detached, so both sides learn
       + miu T^2 sum_i KL(p_p || p_i)         from the pretrained teacher, one way
 
 with z_i, z_t, z_p the logits of student i, the online teacher and the pretrained teacher, and p = softmax(z / T).
+
+Of the other methods only deep mutual learning has terms of its own. Plain training is this without a teacher; Hinton's
+distillation (arXiv 1503.02531), with the pretrained teacher alone; ONE (arXiv 1806.04606), with a gated ensemble of the
+students as the online teacher (`model.online.GatedEnsemble`), detached.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 REDUCTIONS = ("batchmean", "element")
+
+# (student_logits, teacher_logits, targets, pretrained_logits=, rampup=) -> the loss and its terms
+Objective = Callable[..., dict[str, Tensor]]
+
+
+def objective(
+    method: str, lam: float, temperature: float, miu: float, reduction: str, detach_teacher: bool = False
+) -> Objective:
+    """The objective of `--method`, with its weights."""
+    if method == "dml":
+        return lambda student_logits, _, targets, pretrained_logits=None, rampup=1.0: mutual_learning(
+            student_logits, targets, lam, temperature, reduction, rampup
+        )
+    return partial(
+        online_distillation,
+        lam=lam,
+        temperature=temperature,
+        miu=miu,
+        reduction=reduction,
+        detach_teacher=detach_teacher or method == "one",
+    )
 
 
 def online_distillation(
@@ -23,21 +51,24 @@ def online_distillation(
     pretrained_logits: Tensor | None = None,
     miu: float = 0.0,
     reduction: str = "batchmean",
+    detach_teacher: bool = False,
+    rampup: float | Tensor = 1.0,
 ) -> dict[str, Tensor]:
     """The loss and its terms, each a scalar with its weight applied, so that `loss` is the sum of the others.
 
-    Special cases: without an online teacher (teacher_logits None, lam 0) and N = 1 this is plain training, or, with
-    miu, Hinton's distillation (arXiv 1503.02531). Logits below float32 are raised to it.
+    Logits below float32 are raised to it.
 
     Args:
         student_logits: (N, B, K).
-        teacher_logits: (B, K) of the online teacher, not detached; None where there is none.
+        teacher_logits: (B, K) of the online teacher; None where there is none.
         targets: (B,) class indices.
         lam: weight of the online term.
         pretrained_logits: (B, K) of the pretrained teacher; no gradient flows into them.
         miu: weight of the term of the pretrained teacher.
         reduction: of each KL over (B, K): "batchmean" sums over classes and averages over images, the mathematical
             KL; "element" averages over both, as the authors' code does, which is K times weaker.
+        detach_teacher: the online teacher learns from the targets alone, the students from it one way.
+        rampup: factor of lam, from 0 to 1; a tensor where a recorded step reads it from memory.
 
     Returns:
         loss; ce_students; with an online teacher ce_teacher; with lam kl_online; with miu kl_pretrained.
@@ -45,27 +76,64 @@ def online_distillation(
     Raises:
         ValueError: an unknown reduction, lam without teacher_logits, miu without pretrained_logits.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction '{reduction}': choose from {', '.join(REDUCTIONS)}")
+    _check_reduction(reduction)
     if lam and teacher_logits is None:
         raise ValueError("lam needs teacher_logits: there is no online teacher to learn from")
     if miu and pretrained_logits is None:
         raise ValueError("miu needs pretrained_logits: there is no pretrained teacher to learn from")
 
     student_logits = _at_least_float32(student_logits)
-    num_students = len(student_logits)
-    # The mean over N * B rows, times N, is the sum over students of the mean over B.
-    flat_logits, flat_targets = student_logits.flatten(0, 1), targets.repeat(num_students)
-    terms = {"ce_students": num_students * F.cross_entropy(flat_logits, flat_targets)}
+    terms = {"ce_students": _cross_entropy(student_logits, targets)}
     if teacher_logits is not None:
         teacher_logits = _at_least_float32(teacher_logits)
         terms["ce_teacher"] = F.cross_entropy(teacher_logits, targets)
     if lam:
-        terms["kl_online"] = lam * _distillation(teacher_logits, student_logits, temperature, reduction)
+        source = teacher_logits.detach() if detach_teacher else teacher_logits
+        terms["kl_online"] = rampup * lam * _distillation(source, student_logits, temperature, reduction)
     if miu:
         pretrained_logits = _at_least_float32(pretrained_logits.detach())
         terms["kl_pretrained"] = miu * _distillation(pretrained_logits, student_logits, temperature, reduction)
+    return _summed(terms)
+
+
+def mutual_learning(
+    student_logits: Tensor,
+    targets: Tensor,
+    lam: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    rampup: float | Tensor = 1.0,
+) -> dict[str, Tensor]:
+    """Deep mutual learning (arXiv 1706.00384, section 3.3, where T and lam are 1): as `online_distillation`, but
+
+    L = sum_i CE(z_i, y) + lambda T^2 sum_i 1/(N-1) sum_{j != i} KL(p_j || p_i), with p_j detached.
+
+    Raises:
+        ValueError: an unknown reduction, fewer than two students.
+    """
+    _check_reduction(reduction)
+    if len(student_logits) < 2:
+        raise ValueError("mutual learning needs at least two students")
+    student_logits = _at_least_float32(student_logits)
+    # With j = i, too: a distribution is at no distance from itself, which has no gradient either.
+    peers = student_logits.detach()
+    mutual = sum(_distillation(peer, student_logits, temperature, reduction) for peer in peers) / (len(peers) - 1)
+    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * mutual})
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction '{reduction}': choose from {', '.join(REDUCTIONS)}")
+
+
+def _summed(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+
+def _cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over students of the mean over images."""
+    num_students = len(student_logits)
+    return num_students * F.cross_entropy(student_logits.flatten(0, 1), targets.repeat(num_students))
 
 
 def _distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float, reduction: str) -> Tensor:

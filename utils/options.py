@@ -1,4 +1,4 @@
-"""Every flag of main.py and finetune.py, and the checks that need nothing but the flags themselves.
+"""Every flag of main.py and finetune.py, and what each may be.
 
 Imports no torch, so that `--help` and a wrong flag answer at once.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils import normalization
+from utils.consistency import settle_finetune, settle_main
 from utils.errors import UserError, exit_with
+from utils.methods import METHODS
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
 RUN_CONTROL = ("resume", "reset", "test_only", "force")
@@ -71,6 +73,7 @@ _positive = _number(float, lambda x: x > 0, "a number above 0")
 _weight = _number(float, lambda x: x >= 0, "a number, 0 or more")
 _fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
+_share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
 
 
 def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,7 +85,7 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {close[0]}?" if close else ""))
     try:
-        (_check_main if script == "main" else _check_finetune)(args)
+        (settle_main if script == "main" else settle_finetune)(args)
     except UserError as error:
         parser.error(str(error))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun runs the command again after a process died
@@ -90,6 +93,13 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
         if not args.resume or (args.job_dir / LAST).exists():
             args.resume = RESUME_LAST
     return args
+
+
+def _defaults(field: str) -> str:
+    """The default of a flag for help: that of od, and of the methods that have their own."""
+    paper = getattr(METHODS["od"], field)
+    own = [(name, getattr(method, field)) for name, method in METHODS.items()]
+    return "; ".join([f"{paper:g}", *(f"{name}: {value:g}" for name, value in own if value not in (paper, 0))])
 
 
 def build_parser(script: str) -> argparse.ArgumentParser:
@@ -114,7 +124,11 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add("--conv", choices=("depthwise", "group", "shift"), help="cheap convolution (default: depthwise)")
     add("--groups", type=_positive_int, help="groups of each group convolution (default: 4)")
     add("--pruned_num", type=_count, help="convolutions made cheap, counted from the output side (default: all)")
-    add("--num_students", type=_positive_int, help="students trained side by side (default: 4)")
+    add(
+        "--num_students",
+        type=_positive_int,
+        help=f"students trained side by side (default: {_defaults('num_students')})",
+    )
 
     group = parser.add_argument_group("distillation")
     add = group.add_argument
@@ -127,20 +141,46 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         "mean,mean,mean/std,std,std (default: as its file or its origin tells, or else the students')",
     )
     add("--force", action="store_true", help="train with a pretrained teacher that does no better than guessing")
-    add("--lambda", dest="lam", type=_weight, metavar="WEIGHT", help="weight of the online, mutual term (default: 0.8)")
+    add(
+        "--method",
+        choices=tuple(METHODS),
+        help="od: online distillation, the paper's; to compare with: scratch, plain training; kd, offline distillation "
+        "from the pretrained teacher; dml, deep mutual learning; one, on-the-fly native ensemble (default: od)",
+    )
+    add(
+        "--lambda",
+        dest="lam",
+        type=_weight,
+        metavar="WEIGHT",
+        help=f"weight of the online term (default: {_defaults('lam')})",
+    )
     add(
         "--miu",
         type=_weight,
         metavar="WEIGHT",
         help="weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)",
     )
-    add("--temperature", type=_temperature, default=4.0, help="T of the softened distributions (default: %(default)s)")
+    add(
+        "--temperature",
+        type=_temperature,
+        help=f"T of the softened distributions (default: {_defaults('temperature')})",
+    )
     add(
         "--kl_reduction",
         choices=("batchmean", "element"),
         default="batchmean",
         help="batchmean sums the KL over classes; element averages, K times weaker, as the released code "
         "(default: %(default)s)",
+    )
+    add(
+        "--detach_teacher",
+        action="store_true",
+        help="no online gradient to the online teacher: students learn from it, it does not learn from them",
+    )
+    add(
+        "--rampup_epochs",
+        type=_weight,
+        help="epochs in which the weight of the online term rises from 0 (default: 0; one: 80 of 300)",
     )
 
     group = parser.add_argument_group("data")
@@ -168,6 +208,11 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         type=_size,
         help="validation images split from the training set: a fraction below 1 or a number; 0 chooses the best "
         "student on the test set, as the released code did (default: 0.1)",
+    )
+    add(
+        "--train_size",
+        type=_share,
+        help="training images to use of those that remain: a fraction below 1 or a number (default: all)",
     )
 
     group = parser.add_argument_group("training")
@@ -255,71 +300,6 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     )
     add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")
     return parser
-
-
-def _check_main(args: argparse.Namespace) -> None:
-    for flag in ("refine", "pruned"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
-    if args.pretrain:
-        students = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir", "lam", "miu")
-        _refuse(args, students, "--pretrain trains the standard network alone: leave out {flag}")
-    if args.teacher_model is None:
-        args.arch, args.teacher_model = args.arch or "resnet", "resnet_56"
-    args.dataset = args.dataset or "cifar10"
-    args.val_size = 0.1 if args.val_size is None else args.val_size
-    if args.pretrain:
-        args.num_students, args.lam = 1, 0.0
-    else:
-        args.student_model = args.student_model or f"{args.teacher_model}_sparse"
-        if not args.student_model.endswith("_sparse"):
-            cheap = ("conv", "groups", "pruned_num")
-            _refuse(args, cheap, f"{args.student_model} has no cheap convolutions: leave out {{flag}} or add _sparse")
-        args.conv = args.conv or "depthwise"
-        if args.conv != "group":
-            _refuse(args, ("groups",), "{flag} belongs to --conv group")
-        args.groups = args.groups or 4
-        args.num_students = args.num_students or 4
-        args.lam = 0.8 if args.lam is None else args.lam
-    _check_common(args)
-
-
-def _check_finetune(args: argparse.Namespace) -> None:
-    if args.refine is None:
-        raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
-    if args.pretrain:
-        raise UserError("--pretrain belongs to main.py")
-    if args.lam:
-        raise UserError("finetune.py has one student and no online teacher: leave out --lambda")
-    if (args.num_students or 1) != 1:
-        raise UserError("finetune.py refines one student: leave out --num_students")
-    args.num_students, args.lam = 1, 0.0
-    _check_common(args)
-
-
-def _check_common(args: argparse.Namespace) -> None:
-    if args.resume and args.reset:
-        raise UserError("--resume continues a run and --reset deletes it: give one of them")
-    if args.test_only and args.reset:
-        raise UserError("--test_only writes nothing: leave out --reset")
-    if args.miu and not args.teacher_dir:
-        raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
-    if not args.teacher_dir:
-        _refuse(args, ("teacher_norm", "force"), "{flag} is about a pretrained teacher: give --teacher_dir, too")
-    if args.miu is None:
-        args.miu = 1.0 if args.teacher_dir else 0.0
-    if args.scheduler == "cosine":
-        _refuse(args, ("lr_decay_step",), "{flag} belongs to --scheduler step")
-    elif args.lr_decay_step is None:
-        args.lr_decay_step = [max(1, args.num_epochs // 2), max(1, args.num_epochs * 3 // 4)]
-
-
-def _refuse(args: argparse.Namespace, names: Sequence[str], message: str) -> None:
-    """Raise a UserError for the first of these flags that asks for something."""
-    for name in names:
-        if getattr(args, name):
-            flag = {"lam": "lambda"}.get(name, name)
-            raise UserError(message.format(flag=f"--{flag}"))
 
 
 def configuration(args: argparse.Namespace) -> dict:
