@@ -1,0 +1,273 @@
+"""RESULTS.md: tables and plots of what experiment/study.py has recorded."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils.files import atomic_write
+
+Record = dict[str, Any]
+
+METHODS = {
+    "scratch": "scratch",
+    "kd": "KD",
+    "dml": "DML",
+    "one": "ONE",
+    "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
+    "od": "OD",
+}
+SWEEPS = {"num_students": "students N", "lambda": "λ", "miu": "μ"}
+DETAILS = {
+    "od": "OD as it is by default",
+    "od_element": "KL averaged over classes (--kl_reduction element)",
+    "od_detached": "online teacher detached (--detach_teacher)",
+    "od_rampup": "online term ramped up over 30 % of the epochs (--rampup_epochs)",
+    "od_temperature_1": "T = 1",
+    "od_temperature_2": "T = 2",
+}
+INTRODUCTION = """# Results
+
+Written by `python experiment/study.py STUDY`, which trains what its tables show; `python experiment/study.py` writes
+them anew from the records of the runs, results/STUDY.jsonl. Top-1 accuracy in %, mean ± standard deviation over the n
+seeds. "Best" is the student that is exported, chosen with its epoch on the validation set; "mean" is that of all
+students of a run, which choosing does not favor. Accuracies are of the test set, looked at once, but those under
+"validation".
+"""
+
+
+class Mean(NamedTuple):
+    """Of n values: their mean, standard deviation and standard error (NaN for n = 1)."""
+
+    mean: float
+    std: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Mean":
+        values = list(values)
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+    @property
+    def error(self) -> float:
+        return self.std / math.sqrt(self.n)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {self.std:.2f}")
+
+
+def best(record: Record) -> float:
+    return record["test"]
+
+
+def validation(record: Record) -> float:
+    return record["val"]
+
+
+def mean_student(record: Record) -> float:
+    return statistics.fmean(student["test"] for student in record["students"])
+
+
+def online_teacher(record: Record) -> float:
+    return record["online_teacher"]["test"]
+
+
+def records_file(out: Path, study: str) -> Path:
+    return out / "results" / f"{study}.jsonl"
+
+
+def read_records(out: Path, study: str) -> list[Record]:
+    path = records_file(out, study)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write_results(out: Path) -> None:
+    """Write RESULTS.md and its plots from all the records in `out`."""
+    text = [INTRODUCTION]
+    for path in sorted((out / "results").glob("*.jsonl")):
+        text += _section(path.stem, read_records(out, path.stem), out / "results")
+    with atomic_write(out / "RESULTS.md", "w") as file:
+        file.write("\n".join(text))
+
+
+def _section(study: str, records: list[Record], folder: Path) -> list[str]:
+    runs = [record for record in records if record["variant"] != "teacher"]
+    if not runs:
+        return []
+    hardware = sorted({", ".join(record["environment"].values()) for record in records})
+    example = next((record for record in runs if record["variant"] == "od"), runs[0])
+    text = [f"## {study}", ""]
+    text += [f"- {runs[0]['data']}."]
+    if "folder" in runs[0]["data"]:
+        text += [
+            "- The images are a JPEG copy of CIFAR-10, which costs every network accuracy: only differences count."
+        ]
+    text += [
+        f"- `python experiment/study.py {study}`; OD: `main.py {example['flags']}`.",
+        *(f"- Each run on {line} (device, execution, torch)." for line in hardware),
+        "",
+        *_methods_table(records, runs),
+        "",
+        *_comparison(runs),
+    ]
+    _draw_costs(records, folder / f"{study}_costs.png", study)
+    text += [f"![accuracy against costs](results/{study}_costs.png)", ""]
+    base = [record for record in runs if record["variant"] == "od"][:1]
+    swept = [record for record in runs if base and _same_network(record, base[0])]
+    tables = [_sweep_table(swept, setting) for setting in SWEEPS]
+    if any(tables):
+        _draw_sweeps(swept, folder / f"{study}_sweeps.png", study)
+        text += [line for table in tables for line in table]
+        text += [f"![accuracy against N, λ and μ](results/{study}_sweeps.png)", ""]
+    return text + _details_table(swept)
+
+
+def _methods_table(records: list[Record], runs: list[Record]) -> list[str]:
+    lines = [
+        "| network | method | N | best | mean | online teacher | validation | n |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for model in dict.fromkeys(record["model"] for record in records):
+        for record in records:
+            if record["variant"] == "teacher" and record["model"] == model:
+                name = f"{model}, standard: the pretrained teacher"
+                lines.append(f"| {name} | | | {record['test']:.2f} | | | {record['val']:.2f} | 1 |")
+    for (model, conv), group in _grouped(runs, lambda record: (record["model"], record["conv"])).items():
+        for variant, title in METHODS.items():
+            of_method = [record for record in group if record["variant"] == variant]
+            if of_method:
+                online = Mean.of(map(online_teacher, of_method)) if of_method[0]["online_teacher"] else ""
+                cells = [f"{model}, {conv}", title, of_method[0]["settings"]["num_students"]]
+                cells += [Mean.of(map(best, of_method)), Mean.of(map(mean_student, of_method)), online]
+                cells += [Mean.of(map(validation, of_method)), len(of_method)]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _comparison(runs: list[Record]) -> list[str]:
+    """What OD gains over each other method, the best student of each run, with the sum of the two standard errors."""
+    others = {variant: title for variant, title in METHODS.items() if variant != "od"}
+    lines = [f"| OD minus | {' | '.join(others.values())} |", f"|---|{'--:|' * len(others)}"]
+    for (model, conv), group in _grouped(runs, lambda record: (record["model"], record["conv"])).items():
+        cells, ours = [], [best(record) for record in group if record["variant"] == "od"]
+        for variant in others:
+            theirs = [best(record) for record in group if record["variant"] == variant]
+            cells.append(_difference(Mean.of(ours), Mean.of(theirs)) if ours and theirs else "")
+        lines.append(f"| {model}, {conv} | {' | '.join(cells)} |")
+    return [*lines, "", "Differences in points, ± the sum of the standard errors of the two means.", ""]
+
+
+def _difference(ours: Mean, theirs: Mean) -> str:
+    errors = ours.error + theirs.error
+    return f"{ours.mean - theirs.mean:+.2f}" + ("" if math.isnan(errors) else f" ± {errors:.2f}")
+
+
+def _sweep(runs: list[Record], setting: str) -> dict[float, list[Record]]:
+    """The runs of OD that differ from the default in this setting alone, by its value."""
+    names = {"num_students": "students", "lambda": "lambda", "miu": "miu"}
+    wanted = {"od", f"od_{names[setting]}"} | ({"od_teacher_free"} if setting == "miu" else set())
+    chosen = [r for r in runs if r["variant"] in wanted or r["variant"].startswith(f"od_{names[setting]}_")]
+    return dict(sorted(_grouped(chosen, lambda record: record["settings"][setting]).items()))
+
+
+def _sweep_table(runs: list[Record], setting: str) -> list[str]:
+    groups = _sweep(runs, setting)
+    if len(groups) < 2:
+        return []
+    lines = [f"| {SWEEPS[setting]} | best | mean | online teacher | validation | n |", "|--:|--:|--:|--:|--:|--:|"]
+    for value, group in groups.items():
+        lines.append(f"| {value:g} | {_cells(group)} |")
+    return [*lines, ""]
+
+
+def _details_table(runs: list[Record]) -> list[str]:
+    groups = _grouped(runs, lambda record: record["variant"])
+    if not set(DETAILS) & set(groups) - {"od"}:
+        return []
+    lines = ["| variant | best | mean | online teacher | validation | n |", "|---|--:|--:|--:|--:|--:|"]
+    lines += [f"| {title} | {_cells(groups[variant])} |" for variant, title in DETAILS.items() if variant in groups]
+    return [*lines, ""]
+
+
+def _cells(group: list[Record]) -> str:
+    online = [online_teacher(record) for record in group if record["online_teacher"]]
+    cells = [Mean.of(map(best, group)), Mean.of(map(mean_student, group)), Mean.of(online) if online else ""]
+    return " | ".join(map(str, [*cells, Mean.of(map(validation, group)), len(group)]))
+
+
+def _draw_costs(records: list[Record], path: Path, title: str) -> None:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = dict(zip(("macs", "params"), figure.subplots(1, 2, sharey=True), strict=True))
+    for cost, axes in panels.items():
+        teachers = [record for record in records if record["variant"] == "teacher"]
+        axes.plot(
+            [r[cost] for r in teachers], [best(r) for r in teachers], "k*", markersize=12, label="standard, the teacher"
+        )
+        for i, (variant, name) in enumerate(METHODS.items()):
+            groups = _grouped((r for r in records if r["variant"] == variant), lambda r: (r["model"], r["conv"]))
+            means = [Mean.of(map(best, group)) for group in groups.values()]
+            dodge = 1.02 ** (i - len(METHODS) / 2)  # methods of one network cost the same
+            axes.errorbar(
+                [group[0][cost] * dodge for group in groups.values()],
+                [mean.mean for mean in means],
+                [0 if math.isnan(mean.std) else mean.std for mean in means],
+                fmt="o", markersize=5, capsize=2, color=f"C{i}", label=name,
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel={"macs": "multiply-accumulates of an image", "params": "parameters"}[cost])
+        axes.grid(alpha=0.3, which="both")
+    for (_, conv), group in _grouped(
+        (r for r in records if r["conv"]), lambda r: (r["model"], r["conv"])
+    ).items():  # below its points
+        for cost, axes in panels.items():
+            low = min(map(best, group))
+            axes.annotate(conv, (group[0][cost], low), (0, -16), textcoords="offset points", ha="center", fontsize=8)
+    panels["macs"].set_ylabel("test accuracy, top-1 %")
+    panels["params"].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{title}: best student of each run, mean and standard deviation over seeds", fontsize=11)
+    _save(figure, path)
+
+
+def _draw_sweeps(runs: list[Record], path: Path, title: str) -> None:
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(SWEEPS), sharey=True), SWEEPS, strict=True):
+        groups = _sweep(runs, setting)
+        _draw_line(axes, groups, best, "best student", "tab:blue")
+        _draw_line(axes, groups, mean_student, "mean of the students", "tab:cyan")
+        with_teacher = {value: [r for r in group if r["online_teacher"]] for value, group in groups.items()}
+        _draw_line(axes, {v: g for v, g in with_teacher.items() if g}, online_teacher, "online teacher", "tab:red")
+        axes.set(xlabel=SWEEPS[setting])
+        axes.set_xticks(list(groups), [f"{value:g}" for value in groups])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, top-1 %")
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(f"{title}: OD, {runs[0]['model']}, {runs[0]['conv']}, one setting changed", fontsize=11)
+    _save(figure, path)
+
+
+def _draw_line(
+    axes: Axes, groups: dict[float, list[Record]], value: Callable[[Record], float], label: str, color: str
+) -> None:
+    means = [Mean.of(map(value, group)) for group in groups.values()]
+    errors = [0 if math.isnan(mean.std) else mean.std for mean in means]
+    axes.errorbar(list(groups), [m.mean for m in means], errors, marker="o", capsize=2, label=label, color=color)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def _same_network(a: Record, b: Record) -> bool:
+    return (a["model"], a["conv"]) == (b["model"], b["conv"])

@@ -1,0 +1,291 @@
+"""Does it work? Trains a grid of methods, convolutions and seeds, and writes RESULTS.md.
+
+    python experiment/study.py digits                              # minutes on a laptop
+    python experiment/study.py cifar10_subset --data_dir PATH      # hours on a CPU
+    python experiment/study.py cifar10 --data_dir PATH             # for GPUs
+    python experiment/study.py                                     # only writes RESULTS.md anew, from the records
+
+PATH is CIFAR-10 as a tree of image files, train/<class>/* and test/<class>/*. Every run is a command of main.py in a
+process of its own, as many at a time as there are GPUs, or else CPU cores (--jobs). A run that is done has a line in
+results/STUDY.jsonl; the same command goes on where an interrupted one stopped, in the middle of a run, too. To train
+everything anew, give another --out.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from experiment.results import read_records, records_file, write_results
+from utils.errors import UserError, run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHER = "TEACHER"  # in the flags of a run, stands for the checkpoint of the pretrained teacher
+SETTINGS = ("num_students", "lambda", "miu")  # that sweeps are drawn over
+
+
+class Study(NamedTuple):
+    """A grid. Each of its networks has a pretrained teacher; sweeps take the first network and convolution.
+
+    Attributes:
+        flags: of every run.
+        students: of the methods that train several.
+        sweep_seeds: how many of the seeds are for the sweeps, too.
+    """
+
+    flags: tuple[str, ...]
+    models: tuple[str, ...]
+    convs: tuple[str, ...]
+    students: int
+    epochs: int
+    seeds: int
+    sweep_seeds: int
+
+
+STUDIES = {
+    "digits": Study(  # of which there are so few that methods differ
+        ("--dataset=digits", "--train_size=300", "--train_batch_size=32"),
+        ("resnet_20",), ("depthwise", "group", "shift"), 4, 20, 3, 3,
+    ),
+    "cifar10_subset": Study(
+        ("--dataset=folder", "--train_size=10000", "--val_size=2500"),
+        ("resnet_20",), ("depthwise", "shift"), 2, 30, 3, 1,
+    ),
+    "cifar10": Study(("--dataset=folder",), ("resnet_20", "resnet_56"), ("depthwise", "group", "shift"), 4, 60, 3, 1),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One run of main.py; `flags` are those of its variant alone."""
+
+    study: str
+    variant: str
+    model: str
+    conv: str | None
+    seed: int
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(part) for part in (self.model, self.conv, self.variant, self.seed) if part is not None)
+
+
+def teacher_of(run: Run) -> Run:
+    return Run(run.study, "teacher", run.model, None, 0, ("--pretrain",))
+
+
+def grid(name: str) -> Iterator[Run]:
+    """The runs of a study but for those of its teachers, in the order of its tables."""
+    study = STUDIES[name]
+    for model in study.models:
+        for conv in study.convs:
+            for variant, flags in methods(study).items():
+                for seed in range(study.seeds):
+                    yield Run(name, variant, model, conv, seed, flags)
+    for variant, flags in sweeps(study).items():
+        for seed in range(study.sweep_seeds):
+            yield Run(name, variant, study.models[0], study.convs[0], seed, flags)
+
+
+def methods(study: Study) -> dict[str, tuple[str, ...]]:
+    """The variants that are compared for every network and convolution, and their flags."""
+    teacher, students = f"--teacher_dir={TEACHER}", f"--num_students={study.students}"
+    return {
+        "scratch": ("--method=scratch",),
+        "kd": ("--method=kd", teacher),
+        "od": (students, teacher),
+        "od_teacher_free": (students,),
+        "dml": ("--method=dml", students),
+        "one": ("--method=one", students),
+    }
+
+
+def sweeps(study: Study) -> dict[str, tuple[str, ...]]:
+    """OD with one thing changed, and the flags."""
+    changes = {f"students_{count}": (f"--num_students={count}",) for count in (1, 2, 4, 8) if count != study.students}
+    changes |= {f"lambda_{value}": (f"--lambda={value}",) for value in (0, 0.1, 0.3, 2)}
+    changes |= {f"miu_{value}": (f"--miu={value}",) for value in (0.3, 3)}
+    changes |= {f"temperature_{value}": (f"--temperature={value}",) for value in (1, 2)}
+    changes["element"] = ("--kl_reduction=element",)
+    changes["detached"] = ("--detach_teacher",)
+    changes["rampup"] = (f"--rampup_epochs={0.3 * study.epochs:g}",)
+    base = methods(study)["od"]
+    return {f"od_{name}": (*base, *flags) for name, flags in changes.items()}  # of two like flags the last one holds
+
+
+class Runner:
+    """Trains the runs of a study, several at a time, in folders of `out`, and records what they achieved."""
+
+    def __init__(self, out: Path, data_dir: Path | None, jobs: int | None):
+        self.out, self.data_dir = out, data_dir
+        gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        self.jobs = jobs or gpus or cores
+        self.slots = SimpleQueue()
+        for i in range(self.jobs):
+            self.slots.put(
+                {"CUDA_VISIBLE_DEVICES": str(i % gpus)}
+                if gpus
+                else {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))}
+            )
+        self.pool = ThreadPoolExecutor(self.jobs)
+        self.processes, self.stopped = set(), False
+
+    def run(self, name: str) -> None:
+        """Train and record what has no record yet.
+
+        Raises:
+            UserError: a run failed; the others have been done all the same.
+        """
+        done = {record["run"] for record in read_records(self.out, name)}
+        missing = [run for run in grid(name) if run.name not in done]
+        needed = dict.fromkeys(teacher_of(run) for run in missing if _needs_teacher(run))
+        needed = [run for run in needed if run.name not in done or not self.exported(run).exists()]
+        teachers = {run: self.pool.submit(self.train, run) for run in needed}
+        # Those that wait for a teacher come last, so that none occupies a slot just to wait.
+        missing.sort(key=lambda run: _needs_teacher(run) and teacher_of(run) in teachers)
+        futures = {self.pool.submit(self.train, run, teachers.get(teacher_of(run))): run for run in missing}
+        futures |= {future: run for run, future in teachers.items()}
+        print(
+            f"{name}: {len(done)} runs are recorded, {len(futures)} are to be done, {self.jobs} at a time", flush=True
+        )
+        failed = []
+        for count, future in enumerate(as_completed(futures), start=1):
+            run, record = futures[future], future.result()
+            if record is None:
+                failed.append(self.log(run))
+                print(f"{count}/{len(futures)} {run.name} FAILED, see {self.log(run)}", flush=True)
+                continue
+            if run.name not in done:  # as a teacher may be, whose checkpoint is gone
+                with open(records_file(self.out, name), "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            print(f"{count}/{len(futures)} {run.name}: {record['test']:.2f} % on the test set", flush=True)
+            write_results(self.out)
+        if failed:
+            raise UserError(
+                f"{len(failed)} runs failed, such as that of {failed[0]}: mend it and give the command again"
+            )
+
+    def train(self, run: Run, teacher: Future | None = None) -> dict[str, Any] | None:
+        """The record of the run, trained unless its report is there; None if it failed."""
+        if teacher and teacher.result() is None:
+            return None
+        slot = self.slots.get()
+        try:
+            if not self.stopped and not (self.job_dir(run) / "report.json").exists():
+                self.log(run).parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log(run), "a", encoding="utf-8") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, "-u", *self.command(run), "--resume"],
+                        cwd=ROOT, env=os.environ | slot, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        start_new_session=True,  # Ctrl-C reaches this process alone, which tells the others
+                    )  # fmt: skip
+                    self.processes.add(process)
+                    process.wait()
+                    self.processes.remove(process)
+            return self.record(run)
+        finally:
+            self.slots.put(slot)
+
+    def stop(self) -> None:
+        """End the runs in order: each saves where it is."""
+        self.stopped = True
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self.processes):
+            process.terminate()
+        self.pool.shutdown()
+
+    def command(self, run: Run) -> list[str]:
+        study = STUDIES[run.study]
+        flags = [*study.flags, *([f"--data_dir={self.data_dir.resolve()}"] if self.data_dir else [])]
+        flags += ["--arch=resnet", f"--teacher_model={run.model}", f"--num_epochs={study.epochs}"]
+        flags += [f"--conv={run.conv}"] if run.conv else []
+        own = [flag.replace(TEACHER, str(self.exported(teacher_of(run)))) for flag in run.flags]
+        return ["main.py", *flags, *own, f"--seed={run.seed}", f"--job_dir={self.job_dir(run)}"]
+
+    def job_dir(self, run: Run) -> Path:
+        return self.out.resolve() / "study" / run.study / run.name
+
+    def log(self, run: Run) -> Path:
+        return self.job_dir(run).with_suffix(".log")
+
+    def exported(self, teacher: Run) -> Path:
+        return self.job_dir(teacher) / f"{teacher.model}.pt"
+
+    def record(self, run: Run) -> dict[str, Any] | None:
+        """What is kept of a run: its settings, accuracies and costs, and what it ran on; None if it did not end."""
+        try:
+            report = json.loads((self.job_dir(run) / "report.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        students = [row for row in report["networks"] if row["name"].startswith("student")]
+        online = [row for row in report["networks"] if row["name"].startswith("online")]
+        best = next((row for row in students if row["name"].endswith("best")), report["networks"][0])
+        study = STUDIES[run.study]
+        return {
+            "run": run.name,
+            "variant": run.variant,
+            "model": run.model,
+            "conv": run.conv,
+            "seed": run.seed,
+            "settings": {name: report["meta"]["config"][name] for name in SETTINGS},
+            "val": best["val"],
+            "test": best["test"],
+            "students": [{"val": row["val"], "test": row["test"]} for row in students],
+            "online_teacher": {"val": online[0]["val"], "test": online[0]["test"]} if online else None,
+            "params": best["params"],
+            "macs": best["macs"],
+            "data": report["notes"][0],
+            "flags": shlex.join([*study.flags, f"--num_epochs={study.epochs}", *run.flags]),
+            "environment": {key: report["environment"][key] for key in ("device", "execution", "torch")},
+        }
+
+
+def _needs_teacher(run: Run) -> bool:
+    return any(TEACHER in flag for flag in run.flags)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.study:
+        if "--dataset=folder" in STUDIES[args.study].flags and not args.data_dir:
+            raise UserError(f"the study {args.study} needs --data_dir, CIFAR-10 as a tree of image files")
+        runner = Runner(args.out, args.data_dir, args.jobs)
+        records_file(args.out, args.study).parent.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            runner.run(args.study)
+        except KeyboardInterrupt:
+            runner.stop()
+            print(
+                "interrupted: the runs are saved where they are; the same command goes on from there", file=sys.stderr
+            )
+            sys.exit(130)
+    write_results(args.out)
+    print(f"wrote {args.out / 'RESULTS.md'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="without one: only write RESULTS.md")
+    parser.add_argument("--data_dir", type=Path, metavar="PATH", help="of the images, for the studies of CIFAR-10")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or else one a core)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "experiment", metavar="PATH", help="where everything is written"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = parse()
+    run_script(lambda: main(ARGS))
