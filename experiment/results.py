@@ -100,15 +100,14 @@ def _section(study: str, records: list[Record], folder: Path) -> list[str]:
     if not runs:
         return []
     hardware = sorted({", ".join(record["environment"].values()) for record in records})
-    example = next((record for record in runs if record["variant"] == "od"), runs[0])
+    examples = {record["variant"]: record["flags"] for record in runs}
     text = [f"## {study}", ""]
     text += [f"- {runs[0]['data']}."]
-    if "folder" in runs[0]["data"]:
-        text += [
-            "- The images are a JPEG copy of CIFAR-10, which costs every network accuracy: only differences count."
-        ]
+    if "of jpg files" in runs[0]["data"]:
+        text += ["- JPEG compression costs every network accuracy: only differences between rows count."]
     text += [
-        f"- `python experiment/study.py {study}`; OD: `main.py {example['flags']}`.",
+        f"- `python experiment/study.py {study}`, with the flags",
+        *(f"  - {title}: `{examples[variant]}`" for variant, title in METHODS.items() if variant in examples),
         *(f"- Each run on {line} (device, execution, torch)." for line in hardware),
         "",
         *_methods_table(records, runs),

@@ -130,6 +130,8 @@ class Runner:
 
     def __init__(self, out: Path, data_dir: Path | None, jobs: int | None):
         self.out, self.data_dir = out, data_dir
+        image = next(data_dir.glob("train/*/*"), None) if data_dir else None
+        self.format = f", of {image.suffix[1:].lower().replace('jpeg', 'jpg')} files" if image else ""
         gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
         self.jobs = jobs or gpus or cores
         self.slots = SimpleQueue()
@@ -246,7 +248,7 @@ class Runner:
             "online_teacher": {"val": online[0]["val"], "test": online[0]["test"]} if online else None,
             "params": best["params"],
             "macs": best["macs"],
-            "data": report["notes"][0],
+            "data": report["notes"][0] + self.format,
             "flags": shlex.join([*study.flags, f"--num_epochs={study.epochs}", *run.flags]),
             "environment": {key: report["environment"][key] for key in ("device", "execution", "torch")},
         }
