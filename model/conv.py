@@ -156,6 +156,7 @@ class CheapConv2d(nn.Module):
             groups = groups if kind == "group" else in_channels
             self.spatial = nn.Conv2d(in_channels, in_channels, kernel_size, groups=groups, bias=False, **window)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+        self.stride = stride[0]
         square = kernel_size == (3, 3) and stride[0] == stride[1]
         self.is_plain = (
             square and window == {"padding": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"} and not bias
@@ -164,11 +165,9 @@ class CheapConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.spatial(x))
 
-    def depthwise_filters(self) -> Tensor | None:
-        """The spatial stage of a plain one as 3 x 3 filters, (in, 1, 3, 3), one a channel; None for groups."""
-        if isinstance(self.spatial, Shift2d):
-            return _shift_filters(self.spatial.channels)
-        return self.spatial.weight if self.spatial.groups == self.spatial.in_channels else None
+    def spatial_filters(self) -> Tensor:
+        """The spatial stage of a plain one as 3 x 3 filters, (in, in / groups, 3, 3)."""
+        return _shift_filters(self.spatial.channels) if isinstance(self.spatial, Shift2d) else self.spatial.weight
 
     def dense_weight(self) -> Tensor:
         """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to.

@@ -53,7 +53,9 @@ def disable() -> None:
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x))`, plus `residual` if there is one. (B, C, H, W) -> (B, C, H, W)."""
     if _applies(norm, x):
-        _count_batch(norm)
+        if not norm.training:
+            return _infer_norm_relu(norm, x, _like(residual, x))
+        norm.num_batches_tracked.add_(1)
         return _NormReLU.apply(x, norm.weight, norm.bias, norm, _like(residual, x))
     out = F.relu(norm(x))
     return out if residual is None else out + residual
@@ -68,17 +70,20 @@ def conv_norm_relu_and_input(
     conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
-    if _library is not None and x.device.type == "cpu" and isinstance(conv, CheapConv2d) and conv.is_plain:
-        filters, pointwise, dtype = conv.depthwise_filters(), conv.pointwise, _compute_dtype(x)
-        if filters is not None and len(pointwise.weight) % _LANES == 0:
-            x = x.to(dtype)
-            if _applies(norm, x) and max(pointwise.weight.shape) <= _MOST_CHANNELS[dtype]:
-                _count_batch(norm)
-                weights = filters.contiguous(), pointwise.weight.contiguous(), norm.weight, norm.bias
-                return _CheapConvNormReLU.apply(x, *weights, pointwise.stride[0], norm, _like(residual, x))
-        elif filters is None and pointwise.in_channels <= _dense_up_to(dtype):
-            y = F.conv2d(x, conv.dense_weight(), stride=pointwise.stride, padding=1)
-            return norm_relu(norm, y, residual), x
+    if _library is not None and x.is_cpu and isinstance(conv, CheapConv2d) and conv.is_plain:
+        filters, mixing, stride, dtype = conv.spatial_filters(), conv.pointwise.weight, conv.stride, _compute_dtype(x)
+        (out_channels, in_channels, *_), group = mixing.shape, filters.shape[1]
+        if out_channels % _LANES == 0 and max(in_channels, out_channels) <= _MOST_CHANNELS.get(dtype, 0):
+            cast = x if x.dtype == dtype else x.to(dtype)
+            if _applies(norm, cast):
+                if not norm.training and (_LANES % group == 0 or group % _LANES == 0):
+                    return _infer_cheap_conv(cast, filters, mixing, stride, norm, _like(residual, cast)), cast
+                if norm.training and group == 1:
+                    norm.num_batches_tracked.add_(1)
+                    weights = filters.contiguous(), mixing.contiguous(), norm.weight, norm.bias
+                    return _CheapConvNormReLU.apply(cast, *weights, stride, norm, _like(residual, cast))
+        if 1 < group and in_channels <= _dense_up_to(dtype):
+            return norm_relu(norm, F.conv2d(x, conv.dense_weight(), stride=stride, padding=1), residual), x
     return norm_relu(norm, conv(x), residual), x
 
 
@@ -102,13 +107,13 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     return (
         _library is not None
         and type(norm) is nn.BatchNorm2d  # one that many processes share is of another class
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % _LANES == 0
-        and x.numel() > x.shape[1]  # of one pixel there is no variance: PyTorch says so
         and x.is_contiguous(memory_format=torch.channels_last)
         and norm.weight.dtype == torch.float32
-        and (norm.training or not torch.is_grad_enabled())
+        # Of one pixel there is no variance: PyTorch says so.
+        and (x.numel() > x.shape[1] if norm.training else not torch.is_grad_enabled())
     )
 
 
@@ -127,13 +132,28 @@ def _dense_up_to(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False) else 16
 
 
-def _count_batch(norm: nn.BatchNorm2d) -> None:
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-
-
 def _like(residual: Tensor | None, x: Tensor) -> Tensor | None:
     return None if residual is None else residual.to(x.dtype, memory_format=torch.channels_last)
+
+
+def _infer_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor:
+    y, channels = torch.empty_like(x), x.shape[1]
+    tensors = *_pointers(x, residual), *_statistics(norm), y.data_ptr()
+    _library.norm_relu_infer(*tensors, x.numel() // channels, channels, *_run(x))
+    return y
+
+
+def _infer_cheap_conv(
+    x: Tensor, filters: Tensor, mixing: Tensor, stride: int, norm: nn.BatchNorm2d, residual: Tensor | None
+) -> Tensor:
+    filters, mixing = filters.contiguous(), mixing.contiguous()
+    (batch, channels, height, width), out_channels = x.shape, len(mixing)
+    size = batch, out_channels, -(-height // stride), -(-width // stride)
+    z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+    tensors = *_pointers(x, filters, mixing, residual), *_statistics(norm), z.data_ptr()
+    shape = batch, height, width, channels, out_channels, stride
+    _library.cheap_conv_infer(*tensors, *shape, filters.shape[1], *_run(x))
+    return z
 
 
 class _NormReLU(torch.autograd.Function):
@@ -143,7 +163,7 @@ class _NormReLU(torch.autograd.Function):
         ctx.save_for_backward(x, coefficients)
         size = x.numel() // x.shape[1], x.shape[1]
         tensors = (*_pointers(x, residual), _Norm.of(norm), *_pointers(y, coefficients))
-        _library.norm_relu_forward(*tensors, *size, norm.training, *_run(x))
+        _library.norm_relu_forward(*tensors, *size, *_run(x))
         return y
 
     @staticmethod
@@ -169,10 +189,10 @@ class _CheapConvNormReLU(torch.autograd.Function):
         ctx.shape = shape = _Shape(batch, height, width, channels, len(pointwise), stride)
         size = batch, len(pointwise), -(-height // stride), -(-width // stride)
         z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-        y, coefficients = torch.empty_like(z) if norm.training else None, torch.empty(6, len(pointwise))
+        y, coefficients = torch.empty_like(z), torch.empty(6, len(pointwise))
         ctx.save_for_backward(x, filters, pointwise, y, coefficients)
         inputs, outputs = _pointers(x, filters, pointwise, residual), _pointers(y, z, coefficients)
-        _library.cheap_conv_forward(*inputs, _Norm.of(norm), *outputs, shape, norm.training, *_run(x))
+        _library.cheap_conv_forward(*inputs, _Norm.of(norm), *outputs, shape, *_run(x))
         return z, x
 
     @staticmethod
@@ -205,6 +225,12 @@ class _Norm(ctypes.Structure):
         return cls(*_pointers(norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps, norm.momentum)
 
 
+def _statistics(norm: nn.BatchNorm2d) -> tuple[int | float, ...]:
+    weights, running = norm._parameters, norm._buffers  # nn.Module finds its own attributes more slowly
+    tensors = weights["weight"], weights["bias"], running["running_mean"], running["running_var"]
+    return *_pointers(*tensors), norm.eps
+
+
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -222,10 +248,14 @@ def _load() -> ctypes.CDLL:
     except OSError as error:
         raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
     pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.norm_relu_forward.argtypes = [pointer] * 2 + [_Norm] + [pointer] * 2 + [count] + [integer] * 4
-    library.norm_relu_backward.argtypes = [pointer] * 6 + [count] + [integer] * 3
-    library.cheap_conv_forward.argtypes = [pointer] * 4 + [_Norm] + [pointer] * 3 + [_Shape] + [integer] * 3
-    library.cheap_conv_backward.argtypes = [pointer] * 12 + [_Shape] + [integer] * 2
+    real, run = ctypes.c_double, [integer] * 2
+    statistics = [pointer] * 4 + [real]
+    library.norm_relu_forward.argtypes = [pointer] * 2 + [_Norm] + [pointer] * 2 + [count, integer] + run
+    library.norm_relu_backward.argtypes = [pointer] * 6 + [count, integer] + run
+    library.norm_relu_infer.argtypes = [pointer] * 2 + statistics + [pointer, count, integer] + run
+    library.cheap_conv_forward.argtypes = [pointer] * 4 + [_Norm] + [pointer] * 3 + [_Shape] + run
+    library.cheap_conv_backward.argtypes = [pointer] * 12 + [_Shape] + run
+    library.cheap_conv_infer.argtypes = [pointer] * 4 + statistics + [pointer] + [integer] * 7 + run
     return library
 
 

@@ -68,6 +68,45 @@ void filter_row(const float* const rows[3], const float* taps, int pixels, int c
     }
 }
 
+// out[i][l] = sum over k < group and t of taps[k][t][c + l] * rows[t / 3][i * stride + t % 3][k-th of the group of c + l]
+// for P pixels and the channels c to c + LANES, of which `group_starts` are the firsts of their groups.
+template <int P>
+[[gnu::always_inline]] inline void filter_group(
+    const float* const rows[3], const float* taps, int group, Words group_starts, int c, int channels, int stride,
+    float* out
+) {
+    Vec sum[P] = {};
+    for (int k = 0; k < group; k++, taps += TAPS * channels) {
+        const int at = c - c % std::max(group, LANES) + k - k % LANES;
+        const Words lanes = group_starts + k % LANES;
+        UNROLL for (int y = 0; y < 3; y++) {
+            Vec tap[3];
+            UNROLL for (int x = 0; x < 3; x++) tap[x] = load(taps + (3 * y + x) * channels + c);
+            UNROLL for (int j = 0; j < P; j++) {
+                UNROLL for (int x = 0; x < 3; x++)
+                    sum[j] += tap[x] * permuted(load(rows[y] + (j * stride + x) * channels + at), lanes);
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < P; j++) store(out + j * channels + c, sum[j]);
+}
+
+// The spatial stage of a row. LANES is a multiple of `group`, or `group` of LANES.
+void filter_groups(
+    const float* const rows[3], const float* taps, int group, int pixels, int channels, int stride, float* out
+) {
+    Words group_starts;  // within a register
+    for (int l = 0; l < LANES; l++) group_starts[l] = l - l % group;
+    for (int c = 0; c < channels; c += LANES)
+        in_blocks<PIXELS>(pixels, [&](auto P, int i) {
+            const int at = i * stride * channels;
+            const float* from[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
+            float* to = out + i * channels;
+            stride == 1 ? filter_group<P>(from, taps, group, group_starts, c, channels, 1, to)  // pixels load once
+                        : filter_group<P>(from, taps, group, group_starts, c, channels, stride, to);
+        });
+}
+
 // taps[t][c] += sum over i of grad[i * stride][c] * rows[t / 3][i * stride + t % 3][c]
 void filter_row_grad(
     const float* const rows[3], const float* grad, int pixels, int channels, int stride, float* taps
@@ -116,19 +155,12 @@ template <class T>
 void multiply(const float* a, int pixels, int depth, const float* b, int columns, T* out) {
     for (int o = 0; o < columns;) {
         const bool two = o + 2 * LANES <= columns;
-        for (int p = 0; p < pixels;) {
+        in_blocks<PIXELS>(pixels, [&](auto P, int p) {
             const float* rows = a + p * depth;
             T* to = out + p * columns + o;
-            if (p + PIXELS <= pixels) {
-                two ? multiply_block<PIXELS, 2>(rows, depth, b + o, columns, to)
-                    : multiply_block<PIXELS, 1>(rows, depth, b + o, columns, to);
-                p += PIXELS;
-            } else {
-                multiply_block<1, 1>(rows, depth, b + o, columns, to);
-                if (two) multiply_block<1, 1>(rows, depth, b + o + LANES, columns, to + LANES);
-                p++;
-            }
-        }
+            two ? multiply_block<P, 2>(rows, depth, b + o, columns, to)
+                : multiply_block<P, 1>(rows, depth, b + o, columns, to);
+        });
         o += two ? 2 * LANES : LANES;
     }
 }
@@ -172,36 +204,38 @@ void move_sum(float* from, float* to, int count) {
     std::fill_n(from, count, 0.0f);
 }
 
-// Calls finish(part, number of the first pixel, filtered pixels) for each row of the spatial stage's output.
+// Calls finish(part, number of the first pixel, filtered pixels) for each row of the spatial stage's output. Every part
+// takes whole runs of `rows_at_a_time`. A filter sees the `group` channels of its group: spatial is (in, group, TAPS).
 template <class T, class Finish>
-void filter_images(const T* x, const float* spatial, const Shape& s, int threads, Finish finish) {
-    const Buffer taps = transposed(spatial, s.in, TAPS);
-    const std::int64_t row = s.width * s.in;
-    in_parts(s.batch, threads, [&](int part, std::int64_t n, std::int64_t end) {
+void filter_images(
+    const T* x, const float* spatial, int group, const Shape& s, int rows_at_a_time, int threads, Finish finish
+) {
+    const Buffer taps = transposed(spatial, s.in, group * TAPS);
+    const std::int64_t row = s.width * s.in, out_rows = (std::int64_t)s.batch * s.out_height();
+    in_parts(out_rows / rows_at_a_time, threads, [&](int part, std::int64_t first, std::int64_t end) {
         Window window(s.width, s.in);
         Buffer filtered(s.out_width() * s.in);
         const float* rows[3];
-        for (; n < end; n++) {
-            const T* image = x + n * s.height * row;
-            copy(image, window.pixels(0), row);
-            for (int i = 0; i < s.height; i++) {
-                if (i + 1 < s.height) copy(image + (i + 1) * row, window.pixels(i + 1), row);
-                if (i % s.stride) continue;
-                window.around(i, s.height, rows);
-                filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data());
-                const std::int64_t out_row = (std::int64_t)n * s.out_height() + i / s.stride;
-                finish(part, out_row * s.out_width(), filtered.data());
-            }
+        int next = 0;  // row of the image to enter the window
+        for (std::int64_t at = first * rows_at_a_time; at < end * rows_at_a_time; at++) {
+            const T* image = x + at / s.out_height() * s.height * row;
+            const int i = at % s.out_height() * s.stride;
+            if (i == 0 || at == first * rows_at_a_time) next = std::max(0, i - 1);
+            for (; next < std::min(i + 2, s.height); next++) copy(image + next * row, window.pixels(next), row);
+            window.around(i, s.height, rows);
+            group == 1 ? filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data())
+                       : filter_groups(rows, taps.data(), group, s.out_width(), s.in, s.stride, filtered.data());
+            finish(part, at * s.out_width(), filtered.data());
         }
     });
 }
 
-// y = pointwise(spatial(x)); returns the moments of y.
+// y = pointwise(spatial(x)), where the spatial stage is depthwise; returns the moments of y.
 template <class T>
 Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, const Shape& s, int threads) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(s.out));
-    filter_images(x, spatial, s, threads, [&](int part, std::int64_t pixel, const float* filtered) {
+    filter_images(x, spatial, 1, s, s.out_height(), threads, [&](int part, std::int64_t pixel, const float* filtered) {
         T* row = y + pixel * s.out;
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, row);
         parts[part].add(row, s.out_width());
@@ -212,12 +246,12 @@ Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, con
 // z = relu(norm(pointwise(spatial(x)))) + residual, which may be null, with statistics that are known beforehand.
 template <class T>
 void conv_norm_relu(
-    const T* x, const float* spatial, const float* pointwise, const T* residual, const Coefficients& by, T* z,
+    const T* x, const float* spatial, int group, const float* pointwise, const T* residual, const Coefficients& by, T* z,
     const Shape& s, int threads
 ) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     std::vector<Buffer> rows(threads, Buffer(s.out_width() * s.out));
-    filter_images(x, spatial, s, threads, [&](int part, std::int64_t pixel, const float* filtered) {
+    filter_images(x, spatial, group, s, 1, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         const std::int64_t at = pixel * s.out;
         float* y = rows[part].data();
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, y);

@@ -6,21 +6,35 @@
 // everything else, sums included, is float32 or double. Work is split by image into as many parts as there should be
 // threads, and their partial sums are added in order, so that a result depends on their number alone.
 //
-// model/fused.py compiles this file and calls the four functions below.
+// model/fused.py compiles this file and calls the functions below.
 #include "conv.h"
 
 // Feature maps are float32 or, if half, bfloat16. `residual` may be null. `coefficients` are kept from a forward to its
-// backward pass; without `training`, running statistics are used, nothing is kept, and there is no backward pass.
+// backward pass. What ends in _infer uses the running statistics and keeps nothing.
 extern "C" {
 
 // y = relu(norm(x)) + residual
 void norm_relu_forward(
     const void* x, const void* residual, Norm norm, void* y, float* coefficients, std::int64_t pixels, int channels,
-    int training, int half, int threads
+    int half, int threads
 ) {
     const Coefficients by(coefficients, channels);
     auto run = [&](const auto* x, const auto* residual, auto* y) {
-        training ? norm.train(moments(x, pixels, channels, threads), by) : norm.infer(channels, by);
+        norm.train(moments(x, pixels, channels, threads), by);
+        norm_relu(x, residual, by, y, pixels, channels, threads);
+    };
+    half ? run((const bf16*)x, (const bf16*)residual, (bf16*)y)
+         : run((const float*)x, (const float*)residual, (float*)y);
+}
+
+void norm_relu_infer(
+    const void* x, const void* residual, const float* weight, const float* bias, float* mean, float* var, double eps,
+    void* y, std::int64_t pixels, int channels, int half, int threads
+) {
+    Buffer coefficients(6 * channels);
+    const Coefficients by(coefficients.data(), channels);
+    Norm{weight, bias, mean, var, eps, 0}.infer(channels, by);
+    auto run = [&](const auto* x, const auto* residual, auto* y) {
         norm_relu(x, residual, by, y, pixels, channels, threads);
     };
     half ? run((const bf16*)x, (const bf16*)residual, (bf16*)y)
@@ -43,20 +57,32 @@ void norm_relu_backward(
 // y = pointwise(spatial(x)), which is for the backward pass; z = relu(norm(y)) + residual
 void cheap_conv_forward(
     const void* x, const float* spatial, const float* pointwise, const void* residual, Norm norm, void* y, void* z,
-    float* coefficients, Shape shape, int training, int half, int threads
+    float* coefficients, Shape shape, int half, int threads
 ) {
     const Coefficients by(coefficients, shape.out);
     auto run = [&](const auto* x, const auto* residual, auto* y, auto* z) {
-        if (training) {
-            norm.train(conv(x, spatial, pointwise, y, shape, threads), by);
-            norm_relu(y, residual, by, z, shape.out_pixels(), shape.out, threads);
-        } else {
-            norm.infer(shape.out, by);
-            conv_norm_relu(x, spatial, pointwise, residual, by, z, shape, threads);
-        }
+        norm.train(conv(x, spatial, pointwise, y, shape, threads), by);
+        norm_relu(y, residual, by, z, shape.out_pixels(), shape.out, threads);
     };
     half ? run((const bf16*)x, (const bf16*)residual, (bf16*)y, (bf16*)z)
          : run((const float*)x, (const float*)residual, (float*)y, (float*)z);
+}
+
+// z = relu(norm(pointwise(spatial(x)))) + residual; the spatial stage is in groups of so many channels
+void cheap_conv_infer(
+    const void* x, const float* spatial, const float* pointwise, const void* residual, const float* weight,
+    const float* bias, float* mean, float* var, double eps, void* z, int batch, int height, int width, int in, int out,
+    int stride, int group, int half, int threads
+) {
+    const Shape shape{batch, height, width, in, out, stride};
+    Buffer coefficients(6 * out);
+    const Coefficients by(coefficients.data(), out);
+    Norm{weight, bias, mean, var, eps, 0}.infer(out, by);
+    auto run = [&](const auto* x, const auto* residual, auto* z) {
+        conv_norm_relu(x, spatial, group, pointwise, residual, by, z, shape, threads);
+    };
+    half ? run((const bf16*)x, (const bf16*)residual, (bf16*)z)
+         : run((const float*)x, (const float*)residual, (float*)z);
 }
 
 // Adds to grad_spatial, which may be null, and to grad_pointwise. grad_skip, which may be null, is added to grad_x.

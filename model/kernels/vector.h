@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -46,12 +47,22 @@ inline void store(bf16* to, Vec v) {  // to the nearest, ties to even; NaN stays
     std::memcpy(to, &h, sizeof h);
 }
 
+inline Vec permuted(Vec v, Words lanes) { return __builtin_shuffle(v, lanes); }
+
 template <class From, class To>
 void copy(const From* from, To* to, int count) {
     for (int i = 0; i < count; i += LANES) {
         __builtin_prefetch(from + i + AHEAD_IN_MEMORY);
         store(to + i, load(from + i));
     }
+}
+
+// Calls block(P, first) for runs of P pixels, as many of the largest as there is room for, then of half as many, down to
+// one; P is a constant of the compiler's.
+template <int P, class Block>
+inline void in_blocks(int pixels, const Block& block, int first = 0) {
+    for (; first + P <= pixels; first += P) block(std::integral_constant<int, P>{}, first);
+    if constexpr (P > 1) in_blocks<P / 2>(pixels, block, first);
 }
 
 // Zeroed floats, aligned to the registers: a load across two cache lines takes twice as long.
