@@ -82,7 +82,7 @@ def conv_norm_relu_and_input(
                     norm.num_batches_tracked.add_(1)
                     weights = filters.contiguous(), mixing.contiguous(), norm.weight, norm.bias
                     return _CheapConvNormReLU.apply(cast, *weights, stride, norm, _like(residual, cast))
-        if 1 < group and in_channels <= _dense_up_to(dtype):
+        if group > 1 and dtype in _MOST_CHANNELS and in_channels <= _dense_up_to(dtype):
             return norm_relu(norm, F.conv2d(x, conv.dense_weight(), stride=stride, padding=1), residual), x
     return norm_relu(norm, conv(x), residual), x
 

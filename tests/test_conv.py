@@ -34,6 +34,18 @@ def test_shift_moves_each_channel_by_its_offset(kernel_size, channels, size, mem
     assert out.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [8, 16, 50])
+def test_shift_in_channels_last_gives_the_same_bits(channels, dtype):
+    x = torch.randn(2, channels, 5, 6).to(dtype).requires_grad_()
+    fast = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    shift, grad = Shift2d(channels), torch.randn(2, channels, 5, 6).to(dtype)
+    out, expected = shift(fast), shift(x)
+    assert torch.equal(out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.autograd.grad(out, fast, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kernel_size", "channels"), [(3, 7), (3, 20), (5, 27)])
 def test_shift_gradient(kernel_size, channels, memory_format):

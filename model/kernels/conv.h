@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int WORTH_A_THREAD = 100'000;  // multiplications; with fewer, a thread costs more than it does
+
 struct Shape {
     int batch, height, width, in, out, stride;
 
@@ -250,6 +252,7 @@ void conv_norm_relu(
     const Shape& s, int threads
 ) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
+    threads = std::min<std::int64_t>(threads, 1 + s.out_pixels() * s.in * (TAPS * group + s.out) / WORTH_A_THREAD);
     std::vector<Buffer> rows(threads, Buffer(s.out_width() * s.out));
     filter_images(x, spatial, group, s, 1, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         const std::int64_t at = pixel * s.out;

@@ -161,7 +161,7 @@ template <class T>
 void norm_relu(
     const T* x, const T* residual, const Coefficients& by, T* y, std::int64_t pixels, int channels, int threads
 ) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (pixels > BLOCK)
     for (std::int64_t first = 0; first < pixels; first += BLOCK) {
         const std::int64_t at = first * channels;
         const int count = std::min<std::int64_t>(BLOCK, pixels - first);
