@@ -146,13 +146,15 @@ def _infer_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -
 def _infer_cheap_conv(
     x: Tensor, filters: Tensor, mixing: Tensor, stride: int, norm: nn.BatchNorm2d, residual: Tensor | None
 ) -> Tensor:
-    filters, mixing = filters.contiguous(), mixing.contiguous()
+    mixing = mixing.contiguous()
+    if not filters.is_contiguous(memory_format=torch.channels_last):
+        filters = filters.contiguous()
     (batch, channels, height, width), out_channels = x.shape, len(mixing)
     size = batch, out_channels, -(-height // stride), -(-width // stride)
     z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
     tensors = *_pointers(x, filters, mixing, residual), *_statistics(norm), z.data_ptr()
     shape = batch, height, width, channels, out_channels, stride
-    _library.cheap_conv_infer(*tensors, *shape, filters.shape[1], *_run(x))
+    _library.cheap_conv_infer(*tensors, *shape, filters.shape[1], filters.stride(3), *_run(x))
     return z
 
 
@@ -255,7 +257,7 @@ def _load() -> ctypes.CDLL:
     library.norm_relu_infer.argtypes = [pointer] * 2 + statistics + [pointer, count, integer] + run
     library.cheap_conv_forward.argtypes = [pointer] * 4 + [_Norm] + [pointer] * 3 + [_Shape] + run
     library.cheap_conv_backward.argtypes = [pointer] * 12 + [_Shape] + run
-    library.cheap_conv_infer.argtypes = [pointer] * 4 + statistics + [pointer] + [integer] * 7 + run
+    library.cheap_conv_infer.argtypes = [pointer] * 4 + statistics + [pointer] + [integer] * 8 + run
     return library
 
 

@@ -70,20 +70,22 @@ void filter_row(const float* const rows[3], const float* taps, int pixels, int c
     }
 }
 
-// out[i][l] = sum over k < group and t of taps[k][t][c + l] * rows[t / 3][i * stride + t % 3][k-th of the group of c + l]
-// for P pixels and the channels c to c + LANES, of which `group_starts` are the firsts of their groups.
+// out[i][l] = sum over k < group and t of taps[k][t][l] * rows[t / 3][i * stride + t % 3][k-th of the group of l]
+// for P pixels i and the channels l from c to c + LANES; `group_starts` are the firsts of their groups.
 template <int P>
 [[gnu::always_inline]] inline void filter_group(
-    const float* const rows[3], const float* taps, int group, Words group_starts, int c, int channels, int stride,
-    float* out
+    const float* const rows[3], const float* taps, int group, int tap_step, Words group_starts, int c, int channels,
+    int stride, float* out
 ) {
     Vec sum[P] = {};
-    for (int k = 0; k < group; k++, taps += TAPS * channels) {
+    const int group_step = tap_step == 1 ? TAPS : 1;
+    for (int k = 0; k < group; k++) {
         const int at = c - c % std::max(group, LANES) + k - k % LANES;
         const Words lanes = group_starts + k % LANES;
         UNROLL for (int y = 0; y < 3; y++) {
             Vec tap[3];
-            UNROLL for (int x = 0; x < 3; x++) tap[x] = load(taps + (3 * y + x) * channels + c);
+            UNROLL for (int x = 0; x < 3; x++)
+                tap[x] = load(taps + (k * group_step + (3 * y + x) * tap_step) * channels + c);
             UNROLL for (int j = 0; j < P; j++) {
                 UNROLL for (int x = 0; x < 3; x++)
                     sum[j] += tap[x] * permuted(load(rows[y] + (j * stride + x) * channels + at), lanes);
@@ -93,9 +95,11 @@ template <int P>
     UNROLL for (int j = 0; j < P; j++) store(out + j * channels + c, sum[j]);
 }
 
-// The spatial stage of a row. LANES is a multiple of `group`, or `group` of LANES.
+// The spatial stage of a row. Taps are (group, TAPS, channels) or, with a tap_step of `group` instead of 1,
+// (TAPS, group, channels). LANES is a multiple of `group`, or `group` of LANES.
 void filter_groups(
-    const float* const rows[3], const float* taps, int group, int pixels, int channels, int stride, float* out
+    const float* const rows[3], const float* taps, int group, int tap_step, int pixels, int channels, int stride,
+    float* out
 ) {
     Words group_starts;  // within a register
     for (int l = 0; l < LANES; l++) group_starts[l] = l - l % group;
@@ -104,8 +108,9 @@ void filter_groups(
             const int at = i * stride * channels;
             const float* from[3] = {rows[0] + at, rows[1] + at, rows[2] + at};
             float* to = out + i * channels;
-            stride == 1 ? filter_group<P>(from, taps, group, group_starts, c, channels, 1, to)  // pixels load once
-                        : filter_group<P>(from, taps, group, group_starts, c, channels, stride, to);
+            // With a constant stride, neighbors share the pixels that they load.
+            stride == 1 ? filter_group<P>(from, taps, group, tap_step, group_starts, c, channels, 1, to)
+                        : filter_group<P>(from, taps, group, tap_step, group_starts, c, channels, stride, to);
         });
 }
 
@@ -207,10 +212,12 @@ void move_sum(float* from, float* to, int count) {
 }
 
 // Calls finish(part, number of the first pixel, filtered pixels) for each row of the spatial stage's output. Every part
-// takes whole runs of `rows_at_a_time`. A filter sees the `group` channels of its group: spatial is (in, group, TAPS).
+// takes whole runs of `rows_at_a_time`. A filter sees the `group` channels of its group: spatial is (in, group, TAPS) or,
+// with a tap_step of `group`, (in, TAPS, group), which is channels_last.
 template <class T, class Finish>
 void filter_images(
-    const T* x, const float* spatial, int group, const Shape& s, int rows_at_a_time, int threads, Finish finish
+    const T* x, const float* spatial, int group, int tap_step, const Shape& s, int rows_at_a_time, int threads,
+    Finish finish
 ) {
     const Buffer taps = transposed(spatial, s.in, group * TAPS);
     const std::int64_t row = s.width * s.in, out_rows = (std::int64_t)s.batch * s.out_height();
@@ -225,9 +232,10 @@ void filter_images(
             if (i == 0 || at == first * rows_at_a_time) next = std::max(0, i - 1);
             for (; next < std::min(i + 2, s.height); next++) copy(image + next * row, window.pixels(next), row);
             window.around(i, s.height, rows);
-            group == 1 ? filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, filtered.data())
-                       : filter_groups(rows, taps.data(), group, s.out_width(), s.in, s.stride, filtered.data());
-            finish(part, at * s.out_width(), filtered.data());
+            float* to = filtered.data();
+            group == 1 ? filter_row(rows, taps.data(), s.out_width(), s.in, s.stride, to)
+                       : filter_groups(rows, taps.data(), group, tap_step, s.out_width(), s.in, s.stride, to);
+            finish(part, at * s.out_width(), to);
         }
     });
 }
@@ -237,7 +245,8 @@ template <class T>
 Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, const Shape& s, int threads) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     std::vector<MomentsOfPixels> parts(threads, MomentsOfPixels(s.out));
-    filter_images(x, spatial, 1, s, s.out_height(), threads, [&](int part, std::int64_t pixel, const float* filtered) {
+    const int whole = s.out_height();
+    filter_images(x, spatial, 1, 1, s, whole, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         T* row = y + pixel * s.out;
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, row);
         parts[part].add(row, s.out_width());
@@ -248,13 +257,13 @@ Moments conv(const T* x, const float* spatial, const float* pointwise, T* y, con
 // z = relu(norm(pointwise(spatial(x)))) + residual, which may be null, with statistics that are known beforehand.
 template <class T>
 void conv_norm_relu(
-    const T* x, const float* spatial, int group, const float* pointwise, const T* residual, const Coefficients& by, T* z,
-    const Shape& s, int threads
+    const T* x, const float* spatial, int group, int tap_step, const float* pointwise, const T* residual,
+    const Coefficients& by, T* z, const Shape& s, int threads
 ) {
     const Buffer mixing = transposed(pointwise, s.out, s.in);
     threads = std::min<std::int64_t>(threads, 1 + s.out_pixels() * s.in * (TAPS * group + s.out) / WORTH_A_THREAD);
     std::vector<Buffer> rows(threads, Buffer(s.out_width() * s.out));
-    filter_images(x, spatial, group, s, 1, threads, [&](int part, std::int64_t pixel, const float* filtered) {
+    filter_images(x, spatial, group, tap_step, s, 1, threads, [&](int part, std::int64_t pixel, const float* filtered) {
         const std::int64_t at = pixel * s.out;
         float* y = rows[part].data();
         multiply(filtered, s.out_width(), s.in, mixing.data(), s.out, y);

@@ -68,18 +68,18 @@ void cheap_conv_forward(
          : run((const float*)x, (const float*)residual, (float*)y, (float*)z);
 }
 
-// z = relu(norm(pointwise(spatial(x)))) + residual; the spatial stage is in groups of so many channels
+// z = relu(norm(pointwise(spatial(x)))) + residual; the spatial stage has `group` channels a group
 void cheap_conv_infer(
     const void* x, const float* spatial, const float* pointwise, const void* residual, const float* weight,
     const float* bias, float* mean, float* var, double eps, void* z, int batch, int height, int width, int in, int out,
-    int stride, int group, int half, int threads
+    int stride, int group, int tap_step, int half, int threads
 ) {
     const Shape shape{batch, height, width, in, out, stride};
     Buffer coefficients(6 * out);
     const Coefficients by(coefficients.data(), out);
     Norm{weight, bias, mean, var, eps, 0}.infer(out, by);
     auto run = [&](const auto* x, const auto* residual, auto* z) {
-        conv_norm_relu(x, spatial, group, pointwise, residual, by, z, shape, threads);
+        conv_norm_relu(x, spatial, group, tap_step, pointwise, residual, by, z, shape, threads);
     };
     half ? run((const bf16*)x, (const bf16*)residual, (bf16*)z)
          : run((const float*)x, (const float*)residual, (float*)z);
