@@ -212,8 +212,8 @@ void move_sum(float* from, float* to, int count) {
 }
 
 // Calls finish(part, number of the first pixel, filtered pixels) for each row of the spatial stage's output. Every part
-// takes whole runs of `rows_at_a_time`. A filter sees the `group` channels of its group: spatial is (in, group, TAPS) or,
-// with a tap_step of `group`, (in, TAPS, group), which is channels_last.
+// takes whole runs of `rows_at_a_time`. A filter sees the `group` channels of its group: spatial is (in, group, TAPS)
+// or, with a tap_step of `group`, (in, TAPS, group), which is channels_last.
 template <class T, class Finish>
 void filter_images(
     const T* x, const float* spatial, int group, int tap_step, const Shape& s, int rows_at_a_time, int threads,

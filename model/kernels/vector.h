@@ -57,8 +57,8 @@ void copy(const From* from, To* to, int count) {
     }
 }
 
-// Calls block(P, first) for runs of P pixels, as many of the largest as there is room for, then of half as many, down to
-// one; P is a constant of the compiler's.
+// Calls block(P, first) for runs of P pixels, as many of the largest as there is room for, then of half as many, down
+// to one; P is a constant of the compiler's.
 template <int P, class Block>
 inline void in_blocks(int pixels, const Block& block, int first = 0) {
     for (; first + P <= pixels; first += P) block(std::integral_constant<int, P>{}, first);
