@@ -23,11 +23,11 @@ from typing import Any
 from torch import nn
 
 import data
-from data.loader import Loaders, make_loaders
+from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import build, check_teacher, variant_for
 from model.online import Students
-from utils import checkpoint, distributed, report
+from utils import checkpoint, distributed, export, report, tables
 from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -40,6 +40,7 @@ from utils.teacher import check_accuracy, pretrained_teacher
 
 def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
+    export.check_packages(args.export)
     device = distributed.start(pick_device(args.device))
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
@@ -61,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
         print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
+        export_alone(args, job, before, source | {"input_size": list(dataset.input_size)}, loaders.test)
         return
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
@@ -79,9 +81,25 @@ def main(args: argparse.Namespace) -> None:
 
     trainer.load_best(job)
     rows = results(args, trainer, before, teacher, source, loaders, dataset)
-    report.publish(job, rows, trainer, meta, dataset, device)
+    report.publish(job, rows, trainer, meta, dataset, device, loaders.test, args.export)
     job.close()
     distributed.stop()
+
+
+def export_alone(args: argparse.Namespace, job: Job, student: nn.Module, meta: dict[str, Any], test: Batches) -> None:
+    """Write the student to the job_dir in the formats of --export, if there are any.
+
+    Raises:
+        UserError: it cannot be exported, or the folder not be written.
+    """
+    if not (args.export and job.writes):
+        return
+    job.make_folder()
+    deployment = export.write(job.export, student, meta, args.export, test)
+    for line in deployment.lines():
+        print(line)
+    if deployment.failures:
+        raise UserError("; ".join(deployment.failures))
 
 
 def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
@@ -133,7 +151,7 @@ def results(
     else:
         accuracies = [known[name][split] if name in known else None for split in ("val", "test")]
     rows = [Row(name, count(standard, size), *accuracies, standard)]
-    for title, network in (("student, before", before), ("student, refined", trainer.best_student)):
+    for title, network in ((tables.BEFORE, before), ("student, refined", trainer.best_student)):
         rows.append(Row(title, count(network, size), *(top1(network, batches) for batches in splits), network))
     if online := known.get(report.ONLINE_TEACHER):
         rows.append(Row(report.ONLINE_TEACHER, Cost(online["params"], online["macs"]), online["val"], online["test"]))

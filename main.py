@@ -25,7 +25,7 @@ from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import GatedEnsemble, OnlineTeacher, Students
-from utils import checkpoint, distributed, report
+from utils import checkpoint, distributed, export, report
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -38,6 +38,7 @@ from utils.teacher import check_accuracy, pretrained_teacher
 
 def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
+    export.check_packages(args.export)
     device = distributed.start(pick_device(args.device))
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
@@ -68,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(loaders.train, loaders.val, job, meta)
 
     trainer.load_best(job)
-    report.publish(job, results(args, trainer, teacher, loaders, dataset), trainer, meta, dataset, device)
+    rows = results(args, trainer, teacher, loaders, dataset)
+    report.publish(job, rows, trainer, meta, dataset, device, loaders.test, args.export)
     job.close()
     distributed.stop()
 

@@ -108,6 +108,22 @@ class Shift2d(nn.Module):
         x = F.pad(x, self.pad, self.padding_mode)
         return F.pad(_Shift.apply(x, self.kernel_size, self.dilation), [-side for side in self.crop])
 
+    def as_conv(self) -> nn.Conv2d:
+        """The depthwise convolution, with frozen weights, that computes the same of finite numbers."""
+        left, right, top, bottom = self.pad
+        conv = nn.Conv2d(
+            self.channels,
+            self.channels,
+            self.kernel_size,
+            padding=(top, left) if (top, left) == (bottom, right) else "same",
+            dilation=self.dilation,
+            groups=self.channels,
+            bias=False,
+            padding_mode="zeros" if self.padding_mode == "constant" else self.padding_mode,
+        )
+        conv.weight = nn.Parameter(_shift_filters(self.channels, self.kernel_size).clone(), requires_grad=False)
+        return conv
+
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
 
@@ -198,12 +214,13 @@ def _keeping_size(kernel_size: Pair, dilation: Pair) -> Pair:
 
 
 @functools.cache
-def _shift_filters(channels: int) -> Tensor:
-    """The 3 x 3 shift of so many channels as filters: a shift back takes a single 1 from the center to its tap."""
+def _shift_filters(channels: int, kernel_size: Pair = (3, 3)) -> Tensor:
+    """The shift of so many channels as filters: a shift back takes a single 1 from the center to its tap."""
+    rows, columns = kernel_size
     with torch.inference_mode(False):  # training may use what evaluation was the first to ask for
-        center = torch.zeros(1, channels, 3, 3)
-        center[..., 1, 1] = 1
-        return _shift(center, kernel_size=(3, 3), step=(-1, -1)).view(channels, 1, 3, 3)
+        center = torch.zeros(1, channels, rows, columns)
+        center[..., rows // 2, columns // 2] = 1
+        return _shift(center, kernel_size, step=(-1, -1)).view(channels, 1, rows, columns)
 
 
 def standard_conv(

@@ -70,7 +70,7 @@ def conv_norm_relu_and_input(
     conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
-    if _library is not None and x.is_cpu and isinstance(conv, CheapConv2d) and conv.is_plain:
+    if _usable(x) and isinstance(conv, CheapConv2d) and conv.is_plain:
         filters, mixing, stride, dtype = conv.spatial_filters(), conv.pointwise.weight, conv.stride, _compute_dtype(x)
         (out_channels, in_channels, *_), group = mixing.shape, filters.shape[1]
         if out_channels % _LANES == 0 and max(in_channels, out_channels) <= _MOST_CHANNELS.get(dtype, 0):
@@ -102,12 +102,16 @@ class FusedSequential(nn.Sequential):
         return x
 
 
+def _usable(x: Tensor) -> bool:
+    """Whether there are kernels for x; an exported graph is to hold PyTorch's own operators alone."""
+    return _library is not None and x.is_cpu and not torch.compiler.is_exporting()
+
+
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the kernels can do it; without gradients they normalize by running statistics, too."""
     return (
-        _library is not None
+        _usable(x)
         and type(norm) is nn.BatchNorm2d  # one that many processes share is of another class
-        and x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.shape[1] % _LANES == 0
         and x.is_contiguous(memory_format=torch.channels_last)

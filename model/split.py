@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 PROTOCOL = ("forward_features", "forward_head", "num_features")
 
@@ -22,7 +22,7 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
             features = _on_meta(network).eval().forward_features(torch.empty(1, *input_size, device="meta"))
     except Exception as error:  # anybody's code
         size = " x ".join(map(str, input_size[1:]))
-        raise UserError(f"{name} does not take images of {size}: {_first_line(error)}") from error
+        raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
     if features.dim() != 4 or features.shape[1] != network.num_features:
         raise UserError(
             f"{name} has no feature map (B, {network.num_features}, H, W) for an online teacher, but one of "
@@ -48,7 +48,7 @@ def split(network: nn.Module, input_size: Sequence[int]) -> None:
             graph = _RootTracer().trace(network)
         except Exception as error:  # forward is anybody's code
             raise UserError(
-                f"{kind.__name__} cannot be split into features and head ({_first_line(error)}): give it "
+                f"{kind.__name__} cannot be split into features and head ({first_line(error)}): give it "
                 f"{', '.join(PROTOCOL)}, as timm's networks have"
             ) from error
         cut, channels = _last_feature_map(network, graph, input_size)
@@ -86,7 +86,7 @@ def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[
         except Exception as exception:  # anybody's code
             error = exception
     if not shapes:
-        raise UserError(f"{type(network).__name__} does not take images of {height} x {width}: {_first_line(error)}")
+        raise UserError(f"{type(network).__name__} does not take images of {height} x {width}: {first_line(error)}")
     nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
     maps = [
@@ -143,7 +143,3 @@ def _head(network: nn.Module, graph: fx.Graph, cut: fx.Node) -> Callable[[nn.Mod
 
 def _on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).to("meta")
-
-
-def _first_line(error: Exception | None) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

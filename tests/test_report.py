@@ -14,8 +14,8 @@ from data.loader import Batches
 from data.sources import Split
 from model.online import Students
 from tests.helpers import make_tree, report_of
-from utils import checkpoint, options, report
-from utils.cost import Cost, latency
+from utils import checkpoint, options, report, tables
+from utils.cost import Cost, forward_pass, latency
 from utils.errors import UserError
 from utils.evaluation import evaluate, top1
 from utils.report import Row
@@ -81,14 +81,14 @@ class Unsteady(nn.Module):
 
 
 def test_the_spread_of_a_latency_tells_that_it_is_unsteady():
-    (unsteady,) = latency([Unsteady()], (3, 2, 2), 1, CPU)
-    assert unsteady.spread > report.UNSTEADY
+    (unsteady,) = latency([forward_pass(Unsteady(), torch.zeros(1, 3, 2, 2), CPU)], CPU)
+    assert unsteady.spread > tables.UNSTEADY
 
 
 def test_unsteady_latencies_are_marked_and_explained():
-    entry = {"name": "a", "params": 1, "macs": 10**6, "ratios": dict.fromkeys(report.COSTS, 1.0)}
+    entry = {"name": "a", "params": 1, "macs": 10**6, "ratios": dict.fromkeys(tables.COSTS, 1.0)}
     entry |= {"latency_1": 2.0, "latency_256": 9.0, "spread_1": 0.8, "spread_256": 0.1}
-    assert "| 2.00 ms (unsteady) | 1.00x | 9.00 ms | 1.00x |" in report._cost_table([entry])[-1]
+    assert "| 2.00 ms (unsteady) | 1.00x | 9.00 ms | 1.00x |" in tables.cost_table([entry])[-1]
     (note,) = report._unsteady([entry])
     assert "more than 50%" in note
     assert "the worst by 80%" in note

@@ -27,10 +27,8 @@ from utils.files import atomic_write
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write a file that `load` reads, in one piece or not at all."""
-    buffer = io.BytesIO()  # torch.save to a file would report a full disk as an internal error
-    torch.save(content, buffer)
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        file.write(_packed(content))
 
 
 def load(path: Path) -> Any:
@@ -74,8 +72,12 @@ def _check_file(path: Path) -> None:
 
 def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
     """Write one network, self-describing, in float32; `load_student` reads it."""
-    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    save(path, {"kind": NETWORK, "state_dict": weights, "meta": meta})
+    save(path, _exported(network, meta))
+
+
+def exported_size(network: nn.Module, meta: dict[str, Any]) -> int:
+    """Bytes of the file that `export` would write."""
+    return len(_packed(_exported(network, meta)))
 
 
 def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -201,6 +203,17 @@ def _form(tensor: Tensor) -> str:
     """Shape and kind of number; how precise the numbers are does not matter."""
     kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "whole"
     return f"{tuple(tensor.shape)} {kind}".strip()
+
+
+def _packed(content: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()  # torch.save to a file would report a full disk as an internal error
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def _exported(network: nn.Module, meta: dict[str, Any]) -> dict[str, Any]:
+    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    return {"kind": NETWORK, "state_dict": weights, "meta": meta}
 
 
 def _restore(

@@ -14,6 +14,11 @@ def settle_main(args: argparse.Namespace) -> None:
     for flag in ("refine", "pruned"):
         if getattr(args, flag):
             raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
+    if args.test_only and args.export:
+        raise UserError(
+            "main.py --test_only writes nothing: leave out --export, or export a student with finetune.py --refine "
+            "FILE --pruned --test_only --export"
+        )
     if args.pretrain:
         networks = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir")
         _refuse(args, (*networks, *METHOD_FLAGS), "--pretrain trains the standard network alone: leave out {flag}")
@@ -60,6 +65,7 @@ def _settle_common(args: argparse.Namespace) -> None:
         raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
     if not args.teacher_dir:
         _refuse(args, ("teacher_norm", "force"), "{flag} is about a pretrained teacher: give --teacher_dir, too")
+    args.export = list(dict.fromkeys(args.export))
     _settle_method(args)
     if args.scheduler == "cosine":
         _refuse(args, ("lr_decay_step",), "{flag} belongs to --scheduler step")

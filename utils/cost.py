@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 class Cost(NamedTuple):
@@ -44,8 +44,7 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
         logits = _forward(model, input_size)
     except Exception as error:  # the network may be anybody's
         size = " x ".join(map(str, input_size[1:]))
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{name} does not take images of {size}: {reason}") from error
+        raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         given = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{name} gives {given} for an image, not the logits of {num_classes} classes")
@@ -59,28 +58,32 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
         return shadow(image)
 
 
-def latency(
-    networks: Sequence[nn.Module], input_size: Sequence[int], batch_size: int, device: torch.device
-) -> list[Latency]:
-    """What each of `networks` takes for a batch, by 5 to 30 passes after a warm-up.
+def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """The pass of a network over images (B, C, H, W), for `latency`; moves both to the device, in channels_last.
 
-    Moves the networks to the device, in channels_last and eval mode; in float32. They take turns, so that a change in
-    the machine's load meets all of them.
+    The network goes into eval mode.
     """
-    images = torch.randn(batch_size, *input_size, device=device).contiguous(memory_format=torch.channels_last)
-    networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    return partial(network, images.to(device, memory_format=torch.channels_last))
+
+
+def latency(passes: Sequence[Callable[[], object]], device: torch.device) -> list[Latency]:
+    """What each of `passes`, functions that compute on the device, takes, by 5 to 30 calls after a warm-up.
+
+    They take turns, so that a change in the machine's load meets all of them.
+    """
     wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
-    times = [[] for _ in networks]
+    times = [[] for _ in passes]
     with torch.inference_mode():
         for _ in range(3):
-            for network in networks:
-                network(images)
+            for run in passes:
+                run()
         wait()
-        deadline = time.perf_counter() + 2.0 * len(networks)
+        deadline = time.perf_counter() + 2.0 * len(passes)
         while len(times[0]) < 5 or (len(times[0]) < 30 and time.perf_counter() < deadline):
-            for network, taken in zip(networks, times, strict=True):
+            for run, taken in zip(passes, times, strict=True):
                 started = time.perf_counter()
-                network(images)
+                run()
                 wait()
                 taken.append(1e3 * (time.perf_counter() - started))
     quantiles = [np.percentile(taken, (10, 50, 90)).tolist() for taken in times]

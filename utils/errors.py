@@ -25,6 +25,11 @@ class UserError(ValueError):
     """What is wrong and what to do about it, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error of somebody else's code; its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def exit_with(error: object) -> NoReturn:
     """Say in one line on stderr what is wrong and end the process with code 2."""
     rank = os.environ.get("RANK", "0")  # of a process that torchrun started

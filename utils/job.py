@@ -15,7 +15,7 @@ from utils.events import Events
 from utils.files import atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 from utils.lock import Lock
-from utils.options import LAST, RESUME_LAST, resume_command
+from utils.options import FORMATS, LAST, RESUME_LAST, resume_command
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
@@ -83,6 +83,13 @@ class Job:
     def how_to_go_on(self) -> str:
         return f"continue with: {resume_command()}"
 
+    def make_folder(self) -> None:
+        """Raises a UserError if it cannot be made."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
+
     def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
         """Create the folder, or with reset clear it, and start its logs; it can then be resumed at any time.
 
@@ -125,12 +132,13 @@ class Job:
 
     def _files(self) -> set[Path]:
         """What a run writes, tensorboard aside; with the network that the run here before exported."""
-        files = {self.config, self.log_file, self.metrics, self.last, self.best, self.export}
+        exported = {self.export}
+        files = {self.config, self.log_file, self.metrics, self.last, self.best}
         files |= {self.report, self.report_json, self.curves}
         if earlier := self._earlier_config():
             with suppress(KeyError, TypeError):
-                files.add(self.folder / Path(export_name(earlier)).name)
-        return files
+                exported.add(self.folder / Path(export_name(earlier)).name)
+        return files | exported | {deployed(path, form) for path in exported for form in FORMATS}
 
     def _earlier_config(self) -> dict[str, Any] | None:
         """The configuration of the run here before; None if no config.json of this program is here."""
@@ -182,6 +190,11 @@ def export_name(config: dict[str, Any]) -> str:
     if config["pretrain"]:
         return f"{config['teacher_model']}.pt"
     return f"{Path(config['arch']).stem}_pruned_{config['pruned_num']}.pt"
+
+
+def deployed(exported: Path, form: str) -> Path:
+    """The file of an exported network in another format, beside it."""
+    return exported.with_suffix(f".{form}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

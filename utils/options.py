@@ -19,8 +19,10 @@ from utils.consistency import settle_finetune, settle_main
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
+FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its files
+
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
-RUN_CONTROL = ("resume", "reset", "test_only", "force")
+RUN_CONTROL = ("resume", "reset", "test_only", "force", "export")
 LAST = Path("checkpoint") / "last.pt"  # of a job_dir
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
@@ -271,6 +273,15 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         help="also save the last checkpoint this often within an epoch (default: only after each epoch)",
     )
     add("--reset", action="store_true", help="delete what an earlier run wrote to the job_dir and start over")
+    add(
+        "--export",
+        nargs="+",
+        choices=FORMATS,
+        default=[],
+        metavar="FORMAT",
+        help="also write the exported network as onnx, torchscript or pt2 (torch.export), ready to deploy; with "
+        "finetune.py --test_only, the student as it is",
+    )
     add("--test_only", action="store_true", help="evaluate on the test set; train and write nothing")
     add("--pretrain", action="store_true", help="main.py: train the standard network alone, to be a teacher")
     add("--refine", type=_path, metavar="FILE", help="finetune.py: the student to refine, or a training checkpoint")

@@ -3,33 +3,31 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from data.loader import Batches
 from data.sources import DataSet
-from utils import checkpoint
-from utils.cost import Cost, latency
+from utils import checkpoint, export, tables
+from utils.cost import Cost, forward_pass, latency
 from utils.curves import draw_curves
 from utils.device import describe
 from utils.engine import Trainer
 from utils.files import atomic_write
 from utils.job import Job
 
-LATENCY_BATCHES = (1, 256)
-UNSTEADY = 0.5  # spread of a latency from which on it is marked
-MARK = "(unsteady)"
 ONLINE_TEACHER = "online teacher"
-COSTS = ("params", "macs", *(f"latency_{batch}" for batch in LATENCY_BATCHES))
 
 
 class Row(NamedTuple):
     """A network in a report; accuracies are top-1 in %, None where unknown, NaN where its logits are not finite.
 
-    Its latency is measured if it is given.
+    Its latency is measured if it is given, and if its ONNX file is, in ONNX Runtime, too.
     """
 
     name: str
@@ -37,6 +35,8 @@ class Row(NamedTuple):
     val: float | None = None
     test: float | None = None
     network: nn.Module | None = None
+    file_bytes: int | None = None
+    onnx: bytes | None = None
 
 
 def standard_name(model: str) -> str:
@@ -44,46 +44,91 @@ def standard_name(model: str) -> str:
 
 
 def publish(
-    job: Job, rows: Sequence[Row], trainer: Trainer, meta: dict[str, Any], dataset: DataSet, device: torch.device
+    job: Job,
+    rows: Sequence[Row],
+    trainer: Trainer,
+    meta: dict[str, Any],
+    dataset: DataSet,
+    device: torch.device,
+    test: Batches,
+    formats: Sequence[str],
 ) -> None:
     """Export the best student and write and print what the run achieved.
 
     Args:
         rows: the standard network first; the best student's has its network.
+        test: the images to compare an ONNX file on.
+        formats: to export to, besides the one of this program.
     """
     if not job.writes:
         return
     best = trainer.best_student
-    accuracy = next(_accuracies(row) for row in rows if row.network is best)
+    chosen = next(i for i, row in enumerate(rows) if row.network is best)
     networks = [{"name": row.name, **row.cost._asdict(), **_accuracies(row)} for row in rows]
-    meta = meta | {"accuracy": accuracy, "networks": networks}
+    meta = meta | {"accuracy": _accuracies(rows[chosen]), "networks": networks}
     checkpoint.export(job.export, best, meta)
-    draw_curves(job, trainer.best, rows[0].val if rows[0].network is not best else None)
-    table = compare(rows, dataset.input_size, device)
-    doubts = [*_skipped(dataset), *_unseen(dataset), *_not_finite(rows), *_unsteady(table)]
-    _write(job, table, doubts, trainer, meta, dataset, device)
-    job.logger.info(f"\n{summary(table)}\n\nexported {job.export}; more in {job.report}")
+    draw_curves(job, trainer.best, rows[0].val if chosen else None)
+    deployment = export.write(job.export, best, meta, formats, test)
+    for line in deployment.lines():
+        job.logger.info(line)
+    table = compare(_with_files(rows, chosen, meta, deployment), dataset.input_size, device)
+    doubts = [*deployment.doubts(), *_skipped(dataset), *_unseen(dataset), *_not_finite(rows), *_unsteady(table)]
+    sentence = tables.verdict(table, chosen, meta) if chosen else ""
+    _write(job, table, chosen, sentence, deployment, doubts, trainer, meta, dataset, device)
+    printed = [tables.summary(table), *filter(None, [sentence]), f"exported {job.export}; more in {job.report}"]
+    job.logger.info("\n" + "\n\n".join(printed))
 
 
-def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
+def _with_files(rows: Sequence[Row], chosen: int, meta: dict[str, Any], deployment: export.Deployment) -> list[Row]:
+    """The rows, with the files of the standard network and of the chosen one."""
+    rows = list(rows)
+    for i in {0, chosen}:
+        size, onnx = checkpoint.exported_size(rows[i].network, meta), None
+        if deployment.onnx:
+            onnx = deployment.onnx if i == chosen else export.standard_onnx(rows[i].network, meta)
+        rows[i] = rows[i]._replace(file_bytes=size, onnx=onnx)
+    return rows
+
+
+def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device) -> tables.Table:
     """The rows as plain values, with latencies (ms by batch size), their spread, and the ratio of each to the first's.
 
     Ratios say how many times smaller, cheaper and faster a network is: above 1 is better.
     """
     table = [{"name": row.name, **_accuracies(row), **row.cost._asdict()} for row in rows]
-    timed = [i for i, row in enumerate(rows) if row.network]
-    for batch in LATENCY_BATCHES:
-        times = latency([rows[i].network for i in timed], input_size, batch, device)
-        for i, time in zip(timed, times, strict=True):
-            table[i] |= {f"latency_{batch}": time.median, f"spread_{batch}": time.spread}
+    sessions = {}
+    for i, row in enumerate(rows):
+        if row.file_bytes:
+            table[i]["file_bytes"] = row.file_bytes
+        if row.onnx:
+            table[i]["onnx_bytes"] = len(row.onnx)
+            sessions[i] = export.session(row.onnx)
+    for batch in tables.LATENCY_BATCHES:
+        images = torch.randn(batch, *input_size)
+        networks = {i: forward_pass(row.network, images, device) for i, row in enumerate(rows) if row.network}
+        _time(table, networks, str(batch), "", device)
+        if sessions:
+            passes = {i: partial(run, images.numpy()) for i, run in sessions.items()}
+            _time(table, passes, str(batch), "onnx_", device)
     for entry in table:
-        entry["ratios"] = {key: table[0][key] / entry[key] for key in entry if key in COSTS}
+        entry["ratios"] = {key: table[0][key] / entry[key] for key in tables.COSTS if key in entry and key in table[0]}
     return table
+
+
+def _time(
+    table: tables.Table, passes: dict[int, Callable[[], object]], batch: str, runtime: str, device: torch.device
+) -> None:
+    """Put into the table what the passes of its networks take; of one runtime, for two would fight for the cores."""
+    for i, time in zip(passes, latency(list(passes.values()), device), strict=True):
+        table[i] |= {f"{runtime}latency_{batch}": time.median, f"{runtime}spread_{batch}": time.spread}
 
 
 def _write(
     job: Job,
-    table: list[dict[str, Any]],
+    table: tables.Table,
+    chosen: int,
+    sentence: str,
+    deployment: export.Deployment,
     doubts: list[str],
     trainer: Trainer,
     meta: dict[str, Any],
@@ -97,19 +142,27 @@ def _write(
     notes = [
         headline(dataset),
         *doubts,
+        *deployment.notes(),
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
         f"Run by {execution}, trained in {trainer.precision}.",
     ]
+    if deployment.onnx:
+        environment["onnxruntime"] = export.runtime_version()
+        notes.append(
+            f"ONNX Runtime {environment['onnxruntime']} is timed on the CPU, in {torch.get_num_threads()} threads."
+        )
     flags = " ".join(
         f"`--{name} {value}`" for name, value in meta["config"].items() if value is not None and value is not False
     )
-    text = [f"# {job.export.name}", "", *_accuracy_table(table), "", *_cost_table(table), ""]
-    text += [*(f"- {note}" for note in (*notes, flags)), ""]
+    parts = [sentence and [sentence], tables.accuracy_table(table), tables.cost_table(table)]
+    parts += [tables.deployment_table(table, chosen), [f"- {note}" for note in (*notes, flags)]]
+    text = [line for part in ([f"# {job.export.name}"], *filter(None, parts)) for line in (*part, "")]
     with atomic_write(job.report, "w") as file:
         file.write("\n".join(text))
-    content = {"networks": table, "best": best, "notes": notes, "skipped_images": dataset.skipped.reasons}
+    content = {"networks": table, "summary": sentence, "best": best, "notes": notes}
+    content |= {"exported": deployment.as_json(), "skipped_images": dataset.skipped.reasons}
     content |= {"meta": meta, "environment": environment}
     with atomic_write(job.report_json, "w") as file:
         json.dump(content, file, indent=2)
@@ -120,20 +173,6 @@ def headline(dataset: DataSet) -> str:
     counts = " / ".join(f"{len(split):,}" for split in (dataset.train, dataset.val, dataset.test))
     size = " x ".join(map(str, dataset.input_size))
     return f"{dataset.name}: {len(dataset.classes)} classes, {counts} training / validation / test images of {size}"
-
-
-def summary(table: list[dict[str, Any]]) -> str:
-    """The table for a person at a terminal: accuracy, parameters, MACs."""
-    cells = [("network", "test top-1, %", "parameters", "", "MACs", "")]
-    for row in table:
-        ratios = ("", "") if row is table[0] else (f"{_times(row, 'params')} smaller", f"{_times(row, 'macs')} fewer")
-        cells.append((row["name"], _percent(row["test"]), f"{row['params']:,}", ratios[0], _mega(row), ratios[1]))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *values in cells:
-        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
 
 
 def _skipped(dataset: DataSet) -> list[str]:
@@ -169,14 +208,15 @@ def _not_finite(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _unsteady(table: list[dict[str, Any]]) -> list[str]:
+def _unsteady(table: tables.Table) -> list[str]:
     """A note that explains the mark of unsteady latencies, if there are any."""
-    spread = max((row.get(f"spread_{batch}", 0) for row in table for batch in LATENCY_BATCHES), default=0)
-    if spread <= UNSTEADY:
+    spreads = [row.get(key.replace("latency", "spread"), 0) for row in table for key in tables.LATENCIES]
+    spread = max(spreads, default=0)
+    if spread <= tables.UNSTEADY:
         return []
     return [
-        f"Latencies marked {MARK} vary by more than {UNSTEADY:.0%} of their median between passes, the worst by "
-        f"{spread:.0%}: the machine was busy, or its clock changed; measure them again before relying on them."
+        f"Latencies marked {tables.MARK} vary by more than {tables.UNSTEADY:.0%} of their median between passes, the "
+        f"worst by {spread:.0%}: the machine was busy, or its clock changed; measure them again before relying on them."
     ]
 
 
@@ -192,34 +232,3 @@ def _selection(dataset: DataSet) -> str:
     if dataset.val is dataset.test:
         return "on the TEST set (--val_size 0), as the released code did: the test accuracy of the best is optimistic"
     return f"on {len(dataset.val):,} validation images; the test set was looked at once, after training"
-
-
-def _accuracy_table(table: list[dict[str, Any]]) -> list[str]:
-    lines = [f"| {row['name']} | {_percent(row['val'])} | {_percent(row['test'])} |" for row in table]
-    return ["| top-1 accuracy, % | validation | test |", "|---|--:|--:|", *lines]
-
-
-def _cost_table(table: list[dict[str, Any]]) -> list[str]:
-    header = ["network", "parameters", "smaller", "MACs", "fewer"]
-    header += [title for batch in LATENCY_BATCHES for title in (f"latency, batch {batch}", "faster")]
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    for row in table:
-        if f"latency_{LATENCY_BATCHES[0]}" in row:  # the other students cost what the best one costs
-            cells = [row["name"], f"{row['params']:,}", _times(row, "params"), _mega(row), _times(row, "macs")]
-            for batch in LATENCY_BATCHES:
-                mark = f" {MARK}" if row[f"spread_{batch}"] > UNSTEADY else ""
-                cells += [f"{row[f'latency_{batch}']:.2f} ms{mark}", _times(row, f"latency_{batch}")]
-            lines.append(cells)
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _times(row: dict[str, Any], key: str) -> str:
-    return f"{row['ratios'][key]:.2f}x"
-
-
-def _mega(row: dict[str, Any]) -> str:
-    return f"{row['macs'] / 1e6:.2f} M"
-
-
-def _percent(accuracy: float | None) -> str:
-    return "-" if accuracy is None else f"{accuracy:.2f}"
