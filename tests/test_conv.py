@@ -128,3 +128,25 @@ def test_plan_prunes_from_the_output_side():
 def test_plan_refuses_a_pruned_num_out_of_range(pruned_num):
     with pytest.raises(ValueError, match="5 replaceable convolutions"):
         cheap_convs(5, "shift", 4, pruned_num)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"kernel_size": 5, "dilation": 2},
+        {"kernel_size": (3, 5), "dilation": (2, 1), "padding": (1, 3)},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 3, "padding": "valid"},
+        {"kernel_size": 3, "padding_mode": "circular"},
+        {"kernel_size": (5, 3), "padding": (1, 2), "padding_mode": "reflect", "dilation": (1, 2)},
+        {"kernel_size": (2, 3), "padding": "same", "padding_mode": "replicate"},
+    ],
+)
+@pytest.mark.parametrize("channels", [5, 41])
+def test_a_shift_as_a_convolution_computes_the_same(channels, arguments):
+    x = torch.randn(2, channels, 8, 7)
+    shift = Shift2d(channels, **arguments)
+    conv = shift.as_conv()
+    assert torch.equal(conv(x), shift(x))
+    assert not any(parameter.requires_grad for parameter in conv.parameters())

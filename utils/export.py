@@ -13,7 +13,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,11 +316,11 @@ def _statistics(meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what PyTorch says while it exports from the terminal: it is of use to its developers alone."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Keep what PyTorch says while it exports from the terminal: what matters of it is in its errors."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -46,10 +46,9 @@ def _speeds(row: dict[str, Any]) -> list[str]:
             continue
         words = []
         for batch in LATENCY_BATCHES:
-            times, _, word = change(
-                row["ratios"][f"{runtime}latency_{batch}"], "faster", "slower", "as fast"
-            ).partition(" ")
-            words.append((times if word == before else f"{times} {word}") + place.format(batch))
+            text = change(row["ratios"][f"{runtime}latency_{batch}"], "faster", "slower", "as fast")
+            times, compared, word = text.partition("x ")
+            words.append((f"{times}x" if compared and word == before else text) + place.format(batch))
             before = word
         texts.append(f"{' and '.join(words)} ({name})")
         place = ""

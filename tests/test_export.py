@@ -1,0 +1,368 @@
+"""Networks to deploy against PyTorch's own, and what people are told of them."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+from data.loader import Batches
+from data.sources import Split
+from model import build, fused
+from model.conv import Shift2d
+from tests.helpers import ROOT, fail, report_of, succeed
+from tests.helpers import meta as network_meta
+from utils import export
+from utils.checkpoint import load_student
+from utils.job import Job
+
+META = network_meta(input_size=[3, 16, 16], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+BATCH_NORM = torch.ops.aten.batch_norm.default
+
+
+def randomize(network):
+    """Statistics and scales as training leaves them: no two alike."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.2),
+                (module.bias, -0.2, 0.2),
+            ):
+                nn.init.uniform_(tensor, low, high)
+    return network.eval()
+
+
+def answers(network, images, meta=META):
+    """The network's logits of images in 0 .. 1, normalized by hand."""
+    mean, std = (np.float32(meta[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        return network(torch.from_numpy((images - mean) / std)).numpy()
+
+
+def pixels(count, size=16):
+    return np.random.default_rng(0).random((count, 3, size, size), np.float32)
+
+
+class Shifts(nn.Sequential):
+    """Shifts of every form, each with BatchNorm after it."""
+
+    def __init__(self):
+        forms = (
+            {"kernel_size": 5, "dilation": 2},
+            {"kernel_size": (3, 5), "padding_mode": "reflect"},
+            {"kernel_size": 4, "padding": "same"},
+            {"kernel_size": 3, "padding": 0, "padding_mode": "circular"},
+        )
+        layers = [layer for form in forms for layer in (Shift2d(20, **form), nn.BatchNorm2d(20), nn.ReLU())]
+        super().__init__(nn.Conv2d(3, 20, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
+
+
+NETWORKS = {
+    "depthwise": lambda: build("resnet_20_sparse", 10, "depthwise"),
+    "group": lambda: build("resnet_20_sparse", 10, "group", 4),
+    "shift": lambda: build("resnet_20_sparse", 10, "shift"),
+    "shifts of all forms": Shifts,
+    "torchvision": lambda: build("resnet18_sparse", 10, "shift", arch="torchvision"),
+    "timm": lambda: build("resnet10t_sparse", 10, "depthwise", arch="timm"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_onnx_file_computes_what_the_network_does(name, capfd):
+    torch.manual_seed(0)
+    network = randomize(NETWORKS[name]())
+    content = export.to_onnx(export.fold(network, META), META)
+    assert capfd.readouterr() == ("", "")
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} | {opset.domain for opset in model.opset_import} == {""}
+    assert not model.functions
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert str(ROOT).encode() not in content
+    session = onnxruntime.InferenceSession(content)
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    for count in (1, 2, 7):
+        images = pixels(count)
+        (logits,) = session.run(["logits"], {"images": images})
+        expected = answers(network, images)
+        np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_onnx_file_says_what_it_is():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    meta = META | {"accuracy": {"val": 90.0, "test": None}}
+    session = onnxruntime.InferenceSession(export.to_onnx(export.fold(network, meta), meta))
+    said = session.get_modelmeta().custom_metadata_map
+    assert said["model"] == "resnet_20_sparse"
+    for key in ("classes", "accuracy", "input_size", "mean", "std", "pruned_num"):
+        assert json.loads(said[key]) == meta[key]
+
+
+def test_a_batch_norm_becomes_part_of_the_convolution_before_it():
+    """w' = w * gamma / sqrt(var + eps) and b' = (b - mean) * gamma / sqrt(var + eps) + beta."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3, padding="same", bias=True), nn.BatchNorm2d(4, eps=0.1)
+    graph = export.fold(randomize(nn.Sequential(conv, norm)), META)
+    assert not graph.graph.find_nodes(op="call_function", target=BATCH_NORM)
+    weights = dict(graph.named_buffers())
+    scale = norm.weight / (norm.running_var + 0.1).sqrt()
+    torch.testing.assert_close(weights["folded_0_weight"], (conv.weight * scale[:, None, None, None]).detach())
+    torch.testing.assert_close(weights["folded_0_bias"], ((conv.bias - norm.running_mean) * scale + norm.bias).detach())
+
+
+class NotFoldable(nn.Module):
+    """BatchNorms that must stay, after two that need not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4, track_running_stats=i != 3) for i in range(6))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.up = nn.ConvTranspose2d(4, 4, 1)
+        self.first = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        x = self.norms[0](self.first(x))
+        x = self.norms[1](x)  # folded into the same convolution
+        y = self.convs[0](x)
+        x = self.norms[2](y) + y  # of a convolution that is used twice
+        x = x + self.norms[3](self.convs[1](x)).mean()  # by the statistics of the batch
+        x = self.norms[4](self.up(x))
+        kernel = self.convs[2].weight * 2
+        return self.norms[5](nn.functional.conv2d(x, kernel)).mean((2, 3))  # of weights that are computed
+
+
+def test_batch_norms_that_cannot_be_folded_stay():
+    torch.manual_seed(0)
+    network = randomize(NotFoldable())
+    graph = export.fold(network, META)
+    assert len(graph.graph.find_nodes(op="call_function", target=BATCH_NORM)) == 4
+    images = pixels(3)
+    with torch.no_grad():
+        np.testing.assert_allclose(graph(torch.from_numpy(images)), answers(network, images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("conv", ["depthwise", "group"])
+def test_kernels_take_no_part_in_an_export(conv):
+    network = randomize(build("resnet_20_sparse", 10, conv))
+    fused.enable()
+    try:
+        graph = export.fold(network, META)
+    finally:
+        fused.disable()
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+    assert all(node.target.namespace == "aten" for node in graph.graph.nodes if hasattr(node.target, "namespace"))
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)) == convolutions
+
+
+def test_files_for_pytorch_load_without_this_project():
+    torch.manual_seed(0)
+    network, images = randomize(build("resnet_20_sparse", 10, "shift", pruned_num=2)), pixels(5)
+    graph, expected = export.fold(network, META), answers(network, images)
+    loaded = {
+        "torchscript": torch.jit.load(io.BytesIO(export.to_torchscript(graph, META))),
+        "pt2": torch.export.load(io.BytesIO(export.to_pt2(graph, META))).module(),
+    }
+    for function in loaded.values():
+        for count in (1, 5):
+            with torch.no_grad():
+                logits = function(torch.from_numpy(images[:count])).numpy()
+            np.testing.assert_allclose(logits, expected[:count], atol=1e-5 * np.abs(expected).max())
+
+
+class Mean(nn.Module):
+    """The means of the channels as logits."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def batches(meta, count=5, batch_size=2):
+    images = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    split = Split(images, np.zeros(count, np.int64))
+    return Batches(split, batch_size, meta["mean"], meta["std"], torch.device("cpu"))
+
+
+def test_agreement_is_of_pixels_as_they_were_and_finds_what_differs():
+    def same(images):
+        assert np.array_equal((images * 255).round() / np.float32(255), images)
+        return answers(Mean(), images)
+
+    assert export.compare(same, Mean(), META, batches(META)).holds
+    other = export.compare(lambda images: same(images)[:, ::-1].copy(), Mean(), META, batches(META))
+    assert (other.images, other.holds) == (5, False)
+    assert 0 < other.differing <= 5
+    far = export.compare(lambda images: same(images) + np.float32(0.25), Mean(), META, batches(META))
+    assert (far.differing, far.holds) == (0, False)
+    assert far.difference == pytest.approx(0.25, rel=1e-4)
+    alone = export.compare(lambda images: same(images) + np.float32(len(images) == 1), Mean(), META, batches(META))
+    assert not alone.holds
+    none = export.compare(lambda images: same(images) * np.float32("nan"), Mean(), META, batches(META))
+    assert not none.holds
+    deployment = export.Deployment([], b"", none, [])
+    assert deployment.notes() == []
+    assert "before relying on it" in deployment.doubts()[0]
+    assert json.dumps(deployment.as_json(), allow_nan=False)
+
+
+class Fickle(Mean):
+    """Computes differently for different images."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_a_network_that_cannot_be_exported_is_told_in_one_line(tmp_path):
+    deployment = export.write(tmp_path / "a.pt", Fickle(), META, ["onnx", "pt2"], batches(META))
+    assert deployment.files == []
+    (failure,) = deployment.failures
+    assert failure.startswith("not exported as onnx, pt2: ")
+    assert "\n" not in failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reset_deletes_exported_files(tmp_path):
+    marks = {"job_dir": "", "teacher_model": "", "lambda": 0, "miu": 0}
+    config = {"arch": "resnet", "pruned_num": 5, "pretrain": False, **marks}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pruned_num": 7}))
+    for number in (5, 7):
+        (tmp_path / f"resnet_pruned_{number}.onnx").touch()
+    job = Job(tmp_path, config)
+    assert job.checkpoint_to_resume(None, True, []) is None
+    job.open(None, 0, reset=True)
+    job.close()
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.slow
+def test_missing_packages_are_named_before_anything_is_written(tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "onnxscript.py").write_text("raise ImportError(\"No module named 'onnxscript'\")")
+    flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--export", "onnx", "--job_dir", tmp_path / "job")
+    error = fail("main.py", *flags, PYTHONPATH=str(tmp_path / "packages"))
+    assert "pip install onnx onnxscript onnxruntime" in error
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.slow
+def test_main_does_not_export_what_it_only_tests(tmp_path):
+    assert "finetune.py --refine" in fail("main.py", "--test_only", "--export", "onnx", "--job_dir", tmp_path / "job")
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    """The folder with a student in all formats, and what was printed."""
+    folder = tmp_path_factory.mktemp("exported") / "new" / "job"
+    flags = ("--refine", runs.student_file, "--pruned", "--test_only", "--export", "onnx", "torchscript", "pt2")
+    return folder, succeed("finetune.py", *flags, "--job_dir", folder)
+
+
+@pytest.mark.slow
+def test_an_exported_student_is_deployed_without_training(runs, exported):
+    folder, output = exported
+    files = {path.suffix: path for path in folder.iterdir()}
+    assert {path.name for path in files.values()} == {f"resnet_pruned_18.{form}" for form in export.WRITERS}
+    assert "the classes that PyTorch finds on 360 test images" in output
+    network, meta = load_student(runs.student_file)
+    images = data.load("digits", None, 0).test.images.transpose(0, 3, 1, 2) / np.float32(255)
+    expected = answers(network, images, meta)
+    inputs = torch.from_numpy(images)
+    with torch.no_grad():
+        logits = {
+            ".torchscript": torch.jit.load(files[".torchscript"])(inputs).numpy(),
+            ".pt2": torch.export.load(files[".pt2"]).module()(inputs).numpy(),
+            ".onnx": onnxruntime.InferenceSession(files[".onnx"]).run(["logits"], {"images": images})[0],
+        }
+    for values in logits.values():
+        np.testing.assert_allclose(values, expected, atol=1e-4)
+        assert np.array_equal(values.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.slow
+def test_the_readme_s_program_names_the_classes_of_image_files(runs, exported, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (program,) = [block for block in blocks if "onnxruntime" in block]
+    images = data.load("digits", None, 0).test.images[:12]
+    paths = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "program.py", exported[0] / "resnet_pruned_18.onnx", *paths]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    network, meta = load_student(runs.student_file)
+    logits = answers(network, images.transpose(0, 3, 1, 2) / np.float32(255), meta)
+    assert result.stdout.splitlines() == [
+        f"{path} {meta['classes'][i]}" for path, i in zip(paths, logits.argmax(1), strict=True)
+    ]
+
+
+FILE = """
+from torch import nn
+
+class Net(nn.Module):
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward_features(self, x):
+        return self.conv(self.stem(x))
+
+    def forward_head(self, x):
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+class Fickle(Net):
+    def forward_features(self, x):
+        return super().forward_features(x if x.device.type == "meta" or x.sum() > 0 else -x)
+"""
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_compares_both_runtimes(tmp_path):
+    (tmp_path / "net.py").write_text(FILE)
+    flags = ("--dataset", "digits", "--arch", tmp_path / "net.py", "--num_epochs", 1, "--num_students", 1)
+    job = tmp_path / "job"
+    output = succeed("main.py", *flags, "--teacher_model", "Net", "--export", "onnx", "--job_dir", job)
+    lines = output.splitlines()
+    assert lines[-1] == f"exported {job / 'net_pruned_1.pt'}; more in {job / 'report.md'}"
+    assert f"also exported {job / 'net_pruned_1.onnx'}" in lines
+    report = report_of(job)
+    assert report["summary"] in lines
+    assert re.search(r"\(PyTorch\), .* \(ONNX Runtime\); ", report["summary"])
+    assert (job / "report.md").read_text().splitlines()[2] == report["summary"]
+    standard, student = report["networks"][:2]
+    assert student["file_bytes"] == (job / "net_pruned_1.pt").stat().st_size
+    assert student["onnx_bytes"] == (job / "net_pruned_1.onnx").stat().st_size
+    for key in ("onnx_latency_1", "onnx_latency_256", "file_bytes", "onnx_bytes"):
+        assert student["ratios"][key] == pytest.approx(standard[key] / student[key])
+    assert report["exported"]["files"] == ["net_pruned_1.onnx"]
+    agreement = report["exported"]["agreement"]
+    assert (agreement["images"], agreement["differing"]) == (360, 0)
+    assert agreement["difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_network_that_cannot_be_exported(tmp_path):
+    (tmp_path / "net.py").write_text(FILE)
+    flags = ("--dataset", "digits", "--arch", tmp_path / "net.py", "--num_epochs", 1, "--num_students", 1)
+    job = tmp_path / "job"
+    output = succeed("main.py", *flags, "--teacher_model", "Fickle", "--export", "pt2", "--job_dir", job)
+    assert "Failed: not exported as pt2: " in output
+    assert output.splitlines()[-1].startswith(f"exported {job / 'net_pruned_1.pt'}")
+    assert any("not exported as pt2" in note for note in report_of(job)["notes"])
+    flags = ("--refine", job / "net_pruned_1.pt", "--pruned", "--arch", tmp_path / "net.py", "--test_only")
+    assert "not exported as pt2" in fail("finetune.py", *flags, "--export", "pt2", "--job_dir", tmp_path / "other")
