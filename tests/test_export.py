@@ -272,7 +272,7 @@ def test_an_exported_student_is_deployed_without_training(runs, exported):
     folder, output = exported
     files = {path.suffix: path for path in folder.iterdir()}
     assert {path.name for path in files.values()} == {f"resnet_pruned_18.{form}" for form in export.WRITERS}
-    assert "the classes that PyTorch finds on 360 test images" in output
+    assert "the class that PyTorch finds for each of 360 test images" in output
     network, meta = load_student(runs.student_file)
     images = data.load("digits", None, 0).test.images.transpose(0, 3, 1, 2) / np.float32(255)
     expected = answers(network, images, meta)

@@ -35,6 +35,13 @@ def test_the_sentence_tells_the_runtimes_apart():
     assert f"{PYTORCH}, 2.00x slower and 2.50x faster (ONNX Runtime);" in tables.verdict(rows, 1, META)
 
 
+def test_the_sentence_says_that_latencies_are_unsteady():
+    rows = table(None, 50.0, onnx=True, **BETTER)
+    rows[0]["spread_256"] = 0.6
+    sentence = tables.verdict(rows, 1, META)
+    assert "2.47x at batch 256 (PyTorch, unsteady), as fast and as fast (ONNX Runtime);" in sentence
+
+
 def test_a_student_that_costs_more_is_said_to():
     rows = table(None, 50.0, params=1 / 5.61, macs=0.8, latency_1=0.5, latency_256=1.25)
     assert tables.verdict(rows, 1, META | {"conv": "group"}) == (

@@ -33,7 +33,7 @@ from utils.options import FORMATS
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of the logits
 # What the metadata of an ONNX file says: strings as they are, everything else as JSON.
-METADATA = ("classes", "accuracy", "input_size", "mean", "std", "arch", "model", "conv", "groups", "pruned_num")
+METADATA = ("classes", "accuracy", "input_size", "mean", "std", "model", "conv", "groups", "pruned_num")
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "torch_fn")
@@ -54,11 +54,11 @@ class Agreement(NamedTuple):
         return self.differing == 0 and self.difference <= TOLERANCE
 
     def __str__(self) -> str:
-        found = (
-            f"another class than PyTorch for {self.differing:,}" if self.differing else "the classes that PyTorch finds"
-        )
+        found = "the class that PyTorch finds for each"
+        if self.differing:
+            found = f"another class than PyTorch for {self.differing:,}"
         return (
-            f"ONNX Runtime finds {found} on {self.images:,} test images, and logits that differ by at most "
+            f"ONNX Runtime finds {found} of {self.images:,} test images, and logits that differ by at most "
             f"{self.difference:.1e}"
         )
 
@@ -214,6 +214,7 @@ def session(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between its runs the cores are others'
     inference = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: inference.run(["logits"], {"images": images})[0]

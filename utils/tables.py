@@ -21,7 +21,7 @@ def verdict(table: Table, chosen: int, meta: dict[str, Any]) -> str:
     costs = [
         change(row["ratios"]["params"], "smaller", "larger", "as large"),
         change(row["ratios"]["macs"], "fewer MACs", "more MACs", "as many MACs"),
-        *_speeds(row),
+        *_speeds(table[0], row),
     ]
     text = f"{meta['config']['teacher_model']} -> {meta['model']}{cheap}: {', '.join(costs)}; "
     if row["test"] is None:
@@ -38,7 +38,7 @@ def change(ratio: float, better: str, worse: str, equal: str) -> str:
     return equal if times == "1.00x" else f"{times} {better if ratio > 1 else worse}"
 
 
-def _speeds(row: dict[str, Any]) -> list[str]:
+def _speeds(standard: dict[str, Any], row: dict[str, Any]) -> list[str]:
     """Of each runtime: "1.41x faster at batch 1 and 2.47x at batch 256 (PyTorch)"."""
     texts, before, place = [], "", " at batch {}"
     for runtime, name in RUNTIMES.items():
@@ -50,7 +50,9 @@ def _speeds(row: dict[str, Any]) -> list[str]:
             times, compared, word = text.partition("x ")
             words.append((f"{times}x" if compared and word == before else text) + place.format(batch))
             before = word
-        texts.append(f"{' and '.join(words)} ({name})")
+        spreads = [entry[f"{runtime}spread_{batch}"] for entry in (standard, row) for batch in LATENCY_BATCHES]
+        doubt = ", unsteady" if max(spreads) > UNSTEADY else ""
+        texts.append(f"{' and '.join(words)} ({name}{doubt})")
         place = ""
     return texts
 
