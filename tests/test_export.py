@@ -342,7 +342,7 @@ def test_the_report_of_a_run_compares_both_runtimes(tmp_path):
     assert f"also exported {job / 'net_pruned_1.onnx'}" in lines
     report = report_of(job)
     assert report["summary"] in lines
-    assert re.search(r"\(PyTorch\), .* \(ONNX Runtime\); ", report["summary"])
+    assert re.search(r"\(PyTorch(, unsteady)?\), .* \(ONNX Runtime(, unsteady)?\); ", report["summary"])
     assert (job / "report.md").read_text().splitlines()[2] == report["summary"]
     standard, student = report["networks"][:2]
     assert student["file_bytes"] == (job / "net_pruned_1.pt").stat().st_size
