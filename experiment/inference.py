@@ -4,27 +4,32 @@
     python experiment/inference.py --threads 1 --sizes 32
 
 Every network as it is (eval mode, inference_mode, float32, channels_last), by PyTorch's operators and with the fused
-kernels, at batch 1 and 256. All of them take turns, so that a change in the machine's load meets all; medians. A ratio
-says how many times as fast as the standard network by PyTorch's operators.
+kernels, and as --export writes it, by ONNX Runtime, at batch 1 and 256. The networks take turns, so that a change in
+the machine's load meets all; ONNX Runtime's come after the others, for its threads would compete with PyTorch's.
+Medians. A ratio says how many times as fast as the standard network by PyTorch's operators, or by ONNX Runtime.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import build, fused
 from model.conv import KINDS
+from utils import export
 from utils.device import describe
 
 CLASSES = 10
-Times = dict[tuple[str, bool], float]  # ms by network and whether the kernels were on
+PYTORCH, KERNELS, ONNX = "PyTorch", "kernels", "ONNX Runtime"
+Variant = tuple[str, str]  # a network and what computes it
 
 
 def main() -> None:
@@ -38,31 +43,48 @@ def main() -> None:
     networks |= {conv: build("resnet_20_sparse", CLASSES, conv) for conv in KINDS}
     for network in networks.values():
         network.eval().to(memory_format=torch.channels_last)
-    print(f"{describe(torch.device('cpu'))}; torch {torch.__version__}\n")
+    print(f"{describe(torch.device('cpu'))}; torch {torch.__version__}; ONNX Runtime {export.runtime_version()}\n")
     print("| images | network | by | batch 1, ms | ratio | batch 256, ms | ratio |\n|--:|---|---|--:|--:|--:|--:|")
     for size in args.sizes:
-        results = [measure(networks, size, *pair) for pair in zip((1, 256), args.rounds, strict=True)]
-        for network, kernels in results[0]:
-            cells = [f"{times[network, kernels]:.2f} | {ratio(times, network, kernels):.2f}x" for times in results]
-            print(f"| {size} x {size} | {network} | {'kernels' if kernels else 'PyTorch'} | {' | '.join(cells)} |")
+        results = []
+        for batch_size, rounds in zip((1, 256), args.rounds, strict=True):
+            images = torch.randn(batch_size, 3, size, size)
+            results.append(measure(in_pytorch(networks, images), rounds) | measure(in_onnx(networks, images), rounds))
+        for name, by in results[0]:
+            base = "standard", ONNX if by == ONNX else PYTORCH
+            cells = [f"{times[name, by]:.2f} | {times[base] / times[name, by]:.2f}x" for times in results]
+            print(f"| {size} x {size} | {name} | {by} | {' | '.join(cells)} |")
 
 
-def measure(networks: dict[str, nn.Module], size: int, batch_size: int, rounds: int) -> Times:
-    images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-    taken = {(name, kernels): [] for name in networks for kernels in (False, True)}
-    with torch.inference_mode():
-        for i in range(2 + rounds):
-            for (name, kernels), times in taken.items():
-                fused.enable() if kernels else fused.disable()
-                started = time.perf_counter()
-                networks[name](images)
-                if i >= 2:
-                    times.append(1e3 * (time.perf_counter() - started))
+def in_pytorch(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, Callable[[], object]]:
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def compute(network: nn.Module, switch: Callable[[], None]) -> None:
+        switch()
+        with torch.inference_mode():
+            network(images)
+
+    switches = {PYTORCH: fused.disable, KERNELS: fused.enable}
+    return {(name, by): partial(compute, net, switches[by]) for name, net in networks.items() for by in switches}
+
+
+def in_onnx(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, Callable[[], object]]:
+    meta = {"input_size": images.shape[1:], "mean": [0.5] * 3, "std": [0.25] * 3}
+    graphs = {name: export.fold(network, meta) for name, network in networks.items()}
+    sessions = {name: export.session(export.to_onnx(graph, meta)) for name, graph in graphs.items()}
+    return {(name, ONNX): partial(session, images.numpy()) for name, session in sessions.items()}
+
+
+def measure(passes: dict[Variant, Callable[[], object]], rounds: int) -> dict[Variant, float]:
+    """Medians in ms."""
+    taken = {variant: [] for variant in passes}
+    for i in range(2 + rounds):
+        for variant, run in passes.items():
+            started = time.perf_counter()
+            run()
+            if i >= 2:
+                taken[variant].append(1e3 * (time.perf_counter() - started))
     return {variant: statistics.median(times) for variant, times in taken.items()}
-
-
-def ratio(times: Times, network: str, kernels: bool) -> float:
-    return times["standard", False] / times[network, kernels]
 
 
 if __name__ == "__main__":

@@ -201,6 +201,13 @@ class CheapConv2d(nn.Module):
             dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, in_channels // groups, -1))
         return dense.reshape(out_channels, in_channels, *spatial.shape[2:])
 
+    def as_conv(self) -> nn.Conv2d:
+        """The one convolution, with frozen weights, that both stages of a plain one of groups amount to."""
+        weight = self.dense_weight().detach()
+        conv = nn.Conv2d(*weight.shape[1::-1], 3, self.stride, padding=1, bias=False)
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        return conv
+
 
 def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else tuple(value)
