@@ -62,6 +62,12 @@ test() {
     "$PYTHON" -m pytest "$@"
 }
 
+# Methods, convolutions and seeds compared, into experiment/RESULTS.md: `sh run.sh study digits`.
+study() {
+    setup requirements.txt
+    "$PYTHON" experiment/study.py "$@"
+}
+
 # CIFAR-10, ResNet-56, as in the paper. TEACHER, here and below: a checkpoint of the standard network, or a folder that
 # holds one; for these recipes by default the one that pretrain_resnet_56 makes.
 pretrain_resnet_56() {

@@ -18,7 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
@@ -259,6 +259,8 @@ def _needs_teacher(run: Run) -> bool:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError("--jobs must be 1 or more")
     if args.study:
         if "--dataset=folder" in STUDIES[args.study].flags and not args.data_dir:
             raise UserError(f"the study {args.study} needs --data_dir, CIFAR-10 as a tree of image files")
@@ -277,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"wrote {args.out / 'RESULTS.md'}")
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="without one: only write RESULTS.md")
     parser.add_argument("--data_dir", type=Path, metavar="PATH", help="of the images, for the studies of CIFAR-10")
@@ -285,7 +287,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "experiment", metavar="PATH", help="where everything is written"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
