@@ -16,7 +16,7 @@ from PIL import Image
 import finetune
 import main
 from tests.helpers import report_of
-from utils import options, report
+from utils import options, tables
 from utils.checkpoint import load_student
 from utils.errors import UserError
 
@@ -119,7 +119,7 @@ def assert_is_whole(job):
 
 @pytest.fixture(autouse=True)
 def quick_latencies(monkeypatch):
-    monkeypatch.setattr(report, "LATENCY_BATCHES", (1,))
+    monkeypatch.setattr(tables, "LATENCY_BATCHES", (1,))
 
 
 def test_main_ends_well():
