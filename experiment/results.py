@@ -200,41 +200,48 @@ def _cells(group: list[Record]) -> str:
 
 
 def _draw_costs(records: list[Record], path: Path, title: str) -> None:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = dict(zip(("macs", "params"), figure.subplots(1, 2, sharey=True), strict=True))
-    for cost, axes in panels.items():
-        teachers = [record for record in records if record["variant"] == "teacher"]
-        axes.plot(
-            [r[cost] for r in teachers], [best(r) for r in teachers], "k*", markersize=12, label="standard, the teacher"
-        )
-        for i, (variant, name) in enumerate(METHODS.items()):
-            groups = _grouped((r for r in records if r["variant"] == variant), lambda r: (r["model"], r["conv"]))
-            means = [Mean.of(map(best, group)) for group in groups.values()]
-            dodge = 1.02 ** (i - len(METHODS) / 2)  # methods of one network cost the same
-            axes.errorbar(
-                [group[0][cost] * dodge for group in groups.values()],
-                [mean.mean for mean in means],
-                [0 if math.isnan(mean.std) else mean.std for mean in means],
-                fmt="o", markersize=5, capsize=2, color=f"C{i}", label=name,
-            )  # fmt: skip
-        axes.set(xscale="log", xlabel={"macs": "multiply-accumulates of an image", "params": "parameters"}[cost])
-        axes.grid(alpha=0.3, which="both")
-    for (_, conv), group in _grouped(
-        (r for r in records if r["conv"]), lambda r: (r["model"], r["conv"])
-    ).items():  # below its points
-        for cost, axes in panels.items():
-            low = min(map(best, group))
-            axes.annotate(conv, (group[0][cost], low), (0, -16), textcoords="offset points", ha="center", fontsize=8)
-    panels["macs"].set_ylabel("test accuracy, top-1 %")
-    panels["params"].legend(fontsize=8, loc="lower right")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    macs, params = figure.subplots(1, 2, sharey=True)
+    _draw_over_cost(macs, records, "macs")
+    _draw_over_cost(params, records, "params")
+    macs.set(xlabel="multiply-accumulates of an image", ylabel="test accuracy, top-1 %")
+    params.set(xlabel="parameters")
+    params.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{title}: best student of each run, mean and standard deviation over seeds", fontsize=11)
     _save(figure, path)
 
 
+def _draw_over_cost(axes: Axes, records: list[Record], cost: str) -> None:
+    teachers = [record for record in records if record["variant"] == "teacher"]
+    axes.plot(
+        [r[cost] for r in teachers], list(map(best, teachers)), "k*", markersize=12, label="standard, the teacher"
+    )
+    for i, (variant, name) in enumerate(METHODS.items()):
+        of_method = [record for record in records if record["variant"] == variant]
+        if not of_method:
+            continue
+        groups = _grouped(of_method, lambda record: (record["model"], record["conv"])).values()
+        means = [Mean.of(map(best, group)) for group in groups]
+        dodge = 1.02 ** (i - len(METHODS) / 2)  # methods of one network cost the same
+        places = [group[0][cost] * dodge for group in groups]
+        axes.errorbar(
+            places, [m.mean for m in means], _bars(means), fmt="o", markersize=5, capsize=2, color=f"C{i}", label=name
+        )
+    several = len({record["model"] for record in records}) > 1
+    networks = {r[cost]: f"{r['model']} " * several + (r["conv"] or "standard") for r in records}
+    unit, name = (1e6, "M") if cost == "macs" else (1e3, "k")
+    labels = [f"{network}: {value / unit:,.1f} {name}" for value, network in networks.items()]
+    axes.set_xscale("log")
+    axes.set_xticks(list(networks), labels, rotation=35, ha="right", fontsize=8)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+
+
 def _draw_sweeps(runs: list[Record], path: Path, title: str) -> None:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(SWEEPS), sharey=True), SWEEPS, strict=True):
-        groups = _sweep(runs, setting)
+    panels = {setting: groups for setting in SWEEPS if len(groups := _sweep(runs, setting)) > 1}
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (setting, groups) in zip(all_axes, panels.items(), strict=True):
         _draw_line(axes, groups, best, "best student", "tab:blue")
         _draw_line(axes, groups, mean_student, "mean of the students", "tab:cyan")
         with_teacher = {value: [r for r in group if r["online_teacher"]] for value, group in groups.items()}
@@ -252,8 +259,12 @@ def _draw_line(
     axes: Axes, groups: dict[float, list[Record]], value: Callable[[Record], float], label: str, color: str
 ) -> None:
     means = [Mean.of(map(value, group)) for group in groups.values()]
-    errors = [0 if math.isnan(mean.std) else mean.std for mean in means]
-    axes.errorbar(list(groups), [m.mean for m in means], errors, marker="o", capsize=2, label=label, color=color)
+    axes.errorbar(list(groups), [m.mean for m in means], _bars(means), marker="o", capsize=2, label=label, color=color)
+
+
+def _bars(means: list[Mean]) -> list[float]:
+    """Standard deviations to draw; none where there is only one value."""
+    return [0 if math.isnan(mean.std) else mean.std for mean in means]
 
 
 def _save(figure: Figure, path: Path) -> None:
