@@ -30,6 +30,7 @@ import torch
 
 from experiment.results import read_records, records_file, write_results
 from utils.errors import UserError, run_script
+from utils.options import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "TEACHER"  # in the flags of a run, stands for the checkpoint of the pretrained teacher
@@ -280,7 +281,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiment/study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="without one: only write RESULTS.md")
     parser.add_argument("--data_dir", type=Path, metavar="PATH", help="of the images, for the studies of CIFAR-10")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or else one a core)")

@@ -142,6 +142,14 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path):
     assert f"| resnet_20, depthwise | OD | 2 | {best['test']:.2f} |" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_a_mistyped_study_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        study.parse(["digitz"])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "invalid choice: 'digitz'" in line
+
+
 def test_a_study_of_images_asks_for_them(tmp_path):
     command = [sys.executable, "experiment/study.py", "cifar10", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)

@@ -27,7 +27,9 @@ LAST = Path("checkpoint") / "last.pt"  # of a job_dir
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
     def error(self, message: str) -> NoReturn:
         exit_with(f"{message} (python {self.prog} --help lists the flags)")
 
@@ -106,7 +108,7 @@ def _defaults(field: str) -> str:
 
 def build_parser(script: str) -> argparse.ArgumentParser:
     finetune = script == "finetune"
-    parser = _Parser(
+    parser = Parser(
         prog=f"{script}.py",
         allow_abbrev=False,
         description="Refine a compressed student."
