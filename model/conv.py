@@ -8,6 +8,7 @@ from a plan (`standard_convs` or `cheap_convs`).
 import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,18 +112,13 @@ class Shift2d(nn.Module):
     def as_conv(self) -> nn.Conv2d:
         """The depthwise convolution, with frozen weights, that computes the same of finite numbers."""
         left, right, top, bottom = self.pad
-        conv = nn.Conv2d(
-            self.channels,
-            self.channels,
-            self.kernel_size,
+        return _frozen_conv(
+            _shift_filters(self.channels, self.kernel_size).clone(),
             padding=(top, left) if (top, left) == (bottom, right) else "same",
-            dilation=self.dilation,
             groups=self.channels,
-            bias=False,
+            dilation=self.dilation,
             padding_mode="zeros" if self.padding_mode == "constant" else self.padding_mode,
         )
-        conv.weight = nn.Parameter(_shift_filters(self.channels, self.kernel_size).clone(), requires_grad=False)
-        return conv
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
@@ -201,12 +197,34 @@ class CheapConv2d(nn.Module):
             dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, in_channels // groups, -1))
         return dense.reshape(out_channels, in_channels, *spatial.shape[2:])
 
-    def as_conv(self) -> nn.Conv2d:
-        """The one convolution, with frozen weights, that both stages of a plain one of groups amount to."""
-        weight = self.dense_weight().detach()
-        conv = nn.Conv2d(*weight.shape[1::-1], 3, self.stride, padding=1, bias=False)
-        conv.weight = nn.Parameter(weight, requires_grad=False)
-        return conv
+    def as_convs(self, wide: int) -> nn.Module:
+        """A plain one as the standard convolutions, with frozen weights, that runtimes compute fastest.
+
+        The spatial stage has the stride, and so leaves out what the pointwise stage would skip. Groups of fewer than
+        `wide` channels are merged with their neighbors, with zeros for what did not connect them; if that takes all
+        channels, both stages become the one dense convolution that they amount to. A shift is a depthwise convolution.
+        """
+        filters = self.spatial_filters().detach()
+        (channels, group, *kernel), groups = filters.shape, len(filters) // filters.shape[1]
+        if 1 < group < wide:
+            merged = next((n for n in range(1, groups) if groups % n == 0 and n * group >= wide), groups)
+            if merged == groups:
+                return _frozen_conv(self.dense_weight(), stride=self.stride, padding=1)
+            narrow = filters.reshape(groups // merged, merged, group, group, *kernel)
+            blocks = narrow.new_zeros(groups // merged, merged, group, merged, group, *kernel)
+            for i in range(merged):  # each of the groups that are one now still sees its own channels alone
+                blocks[:, i, :, i] = narrow[:, i]
+            filters, groups = blocks.reshape(channels, -1, *kernel), groups // merged
+        spatial = _frozen_conv(filters.clone(), stride=self.stride, padding=1, groups=groups)
+        return nn.Sequential(spatial, _frozen_conv(self.pointwise.weight))
+
+
+def _frozen_conv(weight: Tensor, groups: int = 1, **window: Any) -> nn.Conv2d:
+    """The convolution with this weight (out, in / groups, k_y, k_x), which is not trained."""
+    (out_channels, group), kernel_size = weight.shape[:2], tuple(weight.shape[2:])
+    conv = nn.Conv2d(group * groups, out_channels, kernel_size, groups=groups, bias=False, **window)
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return conv
 
 
 def _pair(value: int | Pair) -> Pair:

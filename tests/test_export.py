@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import data
 from data.loader import Batches
 from data.sources import Split
 from model import build, fused
-from model.conv import Shift2d
+from model.conv import CheapConv2d, Shift2d
 from tests.helpers import ROOT, fail, report_of, succeed
 from tests.helpers import meta as network_meta
 from utils import export
@@ -99,11 +100,36 @@ def test_an_onnx_file_computes_what_the_network_does(name, capfd):
         np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_narrow_groups_become_dense_and_wide_ones_stay():
-    """Of ResNet-20 with g = 4: groups of 4 and 8 channels do, those of 16 in the last stage do not."""
-    model = onnx.load_from_string(export.to_onnx(export.fold(NETWORKS["group"](), META), META))
-    widths = [tensor.dims[1] for tensor in model.graph.initializer if len(tensor.dims) == 4 and tensor.dims[2] == 3]
-    assert sorted(widths) == [3, *[16] * 5, *[16] * 7, *[32] * 6]
+def kernels_in_onnx(name):
+    """How often there is a 3 x 3 convolution of so many channels a group, and of which strides, by (group, stride)."""
+    model = onnx.load_from_string(export.to_onnx(export.fold(NETWORKS[name](), META), META))
+    weights = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    found = Counter()
+    for node in model.graph.node:
+        if node.op_type == "Conv" and weights[node.input[1]][2] == 3:
+            (stride,) = (attribute.ints[0] for attribute in node.attribute if attribute.name == "strides")
+            found[weights[node.input[1]][1], stride] += 1
+    return found
+
+
+def test_narrow_groups_are_merged_and_strides_stand_where_they_save_most():
+    """Of ResNet-20: 16 channels in stage 1 and at the entry of stage 2; all but the stem's 3 have become cheap."""
+    # With g = 4, groups of 4 are dense now, those of 8 twice as wide, and those of 16 as they were.
+    assert kernels_in_onnx("group") == {(3, 1): 1, (16, 1): 16, (16, 2): 2}
+    assert kernels_in_onnx("depthwise") == kernels_in_onnx("shift") == {(3, 1): 1, (1, 1): 16, (1, 2): 2}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("wide", [1, 3, 4, 8, 100])
+@pytest.mark.parametrize(("kind", "groups"), [("depthwise", 4), ("group", 1), ("group", 4), ("group", 6), ("shift", 4)])
+def test_the_convolutions_to_deploy_compute_what_the_cheap_one_does(kind, groups, wide, stride):
+    torch.manual_seed(0)
+    cheap = CheapConv2d(24, 20, stride=stride, kind=kind, groups=groups)
+    x = torch.randn(2, 24, 7, 6)
+    convs = cheap.as_convs(wide)
+    torch.testing.assert_close(convs(x), cheap(x), rtol=1e-5, atol=1e-5)
+    widths = [module.weight.shape[1] for module in convs.modules() if isinstance(module, nn.Conv2d)]
+    assert kind != "group" or widths[0] >= min(wide, 24)
 
 
 def test_an_onnx_file_says_what_it_is():
