@@ -82,9 +82,12 @@ class Run(NamedTuple):
     def name(self) -> str:
         return "-".join(str(part) for part in (self.model, self.conv, self.variant, self.seed) if part is not None)
 
-
-def teacher_of(run: Run) -> Run:
-    return Run(run.study, "teacher", run.model, None, 0, ("--pretrain",))
+    @property
+    def teacher(self) -> "Run | None":
+        """The run that trains the pretrained teacher that this one learns from, if it does."""
+        if any(TEACHER in flag for flag in self.flags):
+            return Run(self.study, "teacher", self.model, None, 0, ("--pretrain",))
+        return None
 
 
 def grid(name: str) -> Iterator[Run]:
@@ -153,12 +156,12 @@ class Runner:
         """
         done = {record["run"] for record in read_records(self.out, name)}
         missing = [run for run in grid(name) if run.name not in done]
-        needed = dict.fromkeys(teacher_of(run) for run in missing if _needs_teacher(run))
+        needed = dict.fromkeys(run.teacher for run in missing if run.teacher)
         needed = [run for run in needed if run.name not in done or not self.exported(run).exists()]
         teachers = {run: self.pool.submit(self.train, run) for run in needed}
-        # Those that wait for a teacher come last, so that none occupies a slot just to wait.
-        missing.sort(key=lambda run: _needs_teacher(run) and teacher_of(run) in teachers)
-        futures = {self.pool.submit(self.train, run, teachers.get(teacher_of(run))): run for run in missing}
+        # Those that wait for a teacher come last, so that none occupies a thread just to wait.
+        missing.sort(key=lambda run: run.teacher in teachers)
+        futures = {self.pool.submit(self.train, run, teachers.get(run.teacher)): run for run in missing}
         futures |= {future: run for run, future in teachers.items()}
         print(
             f"{name}: {len(done)} runs are recorded, {len(futures)} are to be done, {self.jobs} at a time", flush=True
@@ -214,7 +217,8 @@ class Runner:
         flags = [*study.flags, *([f"--data_dir={self.data_dir.resolve()}"] if self.data_dir else [])]
         flags += ["--arch=resnet", f"--teacher_model={run.model}", f"--num_epochs={study.epochs}"]
         flags += [f"--conv={run.conv}"] if run.conv else []
-        own = [flag.replace(TEACHER, str(self.exported(teacher_of(run)))) for flag in run.flags]
+        teacher = str(self.exported(run.teacher)) if run.teacher else ""
+        own = [flag.replace(TEACHER, teacher) for flag in run.flags]
         return ["main.py", *flags, *own, f"--seed={run.seed}", f"--job_dir={self.job_dir(run)}"]
 
     def job_dir(self, run: Run) -> Path:
@@ -253,10 +257,6 @@ class Runner:
             "flags": shlex.join([*study.flags, f"--num_epochs={study.epochs}", *run.flags]),
             "environment": {key: report["environment"][key] for key in ("device", "execution", "torch")},
         }
-
-
-def _needs_teacher(run: Run) -> bool:
-    return any(TEACHER in flag for flag in run.flags)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 
@@ -16,7 +17,7 @@ from utils import options
 
 
 def runs_of(name):
-    teachers = {study.teacher_of(run) for run in study.grid(name)}
+    teachers = {run.teacher for run in study.grid(name)} - {None}
     return [*teachers, *study.grid(name)]
 
 
@@ -137,7 +138,11 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path):
     runs = [json.loads(line)["run"] for line in after.splitlines()]
     assert len(runs) == len(set(runs)) == 7  # six methods and the teacher
     assert f"tiny: {before.count(chr(10))} runs are recorded" in output
-    report = json.loads((tmp_path / "study" / "tiny" / "resnet_20-depthwise-od-0" / "report.json").read_text())
+    jobs = tmp_path / "study" / "tiny"
+    started = datetime.fromisoformat((jobs / "resnet_20-depthwise-scratch-0" / "logger.log").read_text()[:19])
+    taught = (jobs / "resnet_20-teacher-0" / "report.json").stat().st_mtime
+    assert started.timestamp() < taught, "a run waited for a teacher that it does not need"
+    report = json.loads((jobs / "resnet_20-depthwise-od-0" / "report.json").read_text())
     best = next(row for row in report["networks"] if row["name"].endswith("best"))
     assert f"| resnet_20, depthwise | OD | 2 | {best['test']:.2f} |" in (tmp_path / "RESULTS.md").read_text()
 
