@@ -22,14 +22,15 @@ METHODS = {
     "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
     "od": "OD",
 }
-SWEEPS = {"num_students": "students N", "lambda": "λ", "miu": "μ"}
 DETAILS = {
     "od": "OD as it is by default",
     "od_element": "KL averaged over classes (--kl_reduction element)",
     "od_detached": "online teacher detached (--detach_teacher)",
-    "od_rampup": "online term ramped up over 30 % of the epochs (--rampup_epochs)",
+    "od_rampup": "online term ramped up over 10 epochs (--rampup_epochs)",
     "od_temperature_1": "T = 1",
     "od_temperature_2": "T = 2",
+    "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
+    "od_teacher_free_detached": "the same, online teacher detached",
 }
 INTRODUCTION = """# Results
 
@@ -39,6 +40,23 @@ seeds. "Best" is the student that is exported, chosen with its epoch on the vali
 students of a run, which choosing does not favor. Accuracies are of the test set, looked at once, but those under
 "validation".
 """
+
+
+class Sweep(NamedTuple):
+    """Runs of `method` that differ in one setting alone; `changes` is how the names of their variants begin."""
+
+    title: str
+    setting: str
+    method: str
+    changes: str
+
+
+SWEEPS = (
+    Sweep("students N", "num_students", "od", "students_"),
+    Sweep("λ", "lambda", "od", "lambda_"),
+    Sweep("μ", "miu", "od", "miu_"),
+    Sweep("λ (μ = 0)", "lambda", "od_teacher_free", "lambda_"),
+)
 
 
 class Mean(NamedTuple):
@@ -118,7 +136,7 @@ def _section(study: str, records: list[Record], folder: Path) -> list[str]:
     text += [f"![accuracy against costs](results/{study}_costs.png)", ""]
     base = [record for record in runs if record["variant"] == "od"][:1]
     swept = [record for record in runs if base and _same_network(record, base[0])]
-    tables = [_sweep_table(swept, setting) for setting in SWEEPS]
+    tables = [_sweep_table(swept, sweep) for sweep in SWEEPS]
     if any(tables):
         _draw_sweeps(swept, folder / f"{study}_sweeps.png", study)
         text += [line for table in tables for line in table]
@@ -166,19 +184,19 @@ def _difference(ours: Mean, theirs: Mean) -> str:
     return f"{ours.mean - theirs.mean:+.2f}" + ("" if math.isnan(errors) else f" ± {errors:.2f}")
 
 
-def _sweep(runs: list[Record], setting: str) -> dict[float, list[Record]]:
-    """The runs of OD that differ from the default in this setting alone, by its value."""
-    names = {"num_students": "students", "lambda": "lambda", "miu": "miu"}
-    wanted = {"od", f"od_{names[setting]}"} | ({"od_teacher_free"} if setting == "miu" else set())
-    chosen = [r for r in runs if r["variant"] in wanted or r["variant"].startswith(f"od_{names[setting]}_")]
-    return dict(sorted(_grouped(chosen, lambda record: record["settings"][setting]).items()))
+def _sweep(runs: list[Record], sweep: Sweep) -> dict[float, list[Record]]:
+    """The runs of a sweep, by the value of its setting."""
+    wanted = {sweep.method} | ({"od_teacher_free"} if sweep.setting == "miu" else set())
+    beginning = f"{sweep.method}_{sweep.changes}"
+    chosen = [run for run in runs if run["variant"] in wanted or run["variant"].startswith(beginning)]
+    return dict(sorted(_grouped(chosen, lambda record: record["settings"][sweep.setting]).items()))
 
 
-def _sweep_table(runs: list[Record], setting: str) -> list[str]:
-    groups = _sweep(runs, setting)
+def _sweep_table(runs: list[Record], sweep: Sweep) -> list[str]:
+    groups = _sweep(runs, sweep)
     if len(groups) < 2:
         return []
-    lines = [f"| {SWEEPS[setting]} | best | mean | online teacher | validation | n |", "|--:|--:|--:|--:|--:|--:|"]
+    lines = [f"| {sweep.title} | best | mean | online teacher | validation | n |", "|--:|--:|--:|--:|--:|--:|"]
     for value, group in groups.items():
         lines.append(f"| {value:g} | {_cells(group)} |")
     return [*lines, ""]
@@ -239,14 +257,14 @@ def _draw_over_cost(axes: Axes, records: list[Record], cost: str) -> None:
 
 def _draw_sweeps(runs: list[Record], path: Path, title: str) -> None:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    panels = {setting: groups for setting in SWEEPS if len(groups := _sweep(runs, setting)) > 1}
+    panels = {sweep: groups for sweep in SWEEPS if len(groups := _sweep(runs, sweep)) > 1}
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (setting, groups) in zip(all_axes, panels.items(), strict=True):
+    for axes, (sweep, groups) in zip(all_axes, panels.items(), strict=True):
         _draw_line(axes, groups, best, "best student", "tab:blue")
         _draw_line(axes, groups, mean_student, "mean of the students", "tab:cyan")
         with_teacher = {value: [r for r in group if r["online_teacher"]] for value, group in groups.items()}
         _draw_line(axes, {v: g for v, g in with_teacher.items() if g}, online_teacher, "online teacher", "tab:red")
-        axes.set(xlabel=SWEEPS[setting])
+        axes.set(xlabel=sweep.title)
         axes.set_xticks(list(groups), [f"{value:g}" for value in groups])
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, top-1 %")

@@ -37,13 +37,27 @@ TEACHER = "TEACHER"  # in the flags of a run, stands for the checkpoint of the p
 SETTINGS = ("num_students", "lambda", "miu")  # that sweeps are drawn over
 
 
+# Of OD, one at a time.
+CHANGES = {
+    **{f"students_{value}": f"--num_students={value}" for value in (1, 2, 4, 8)},
+    **{f"lambda_{value}": f"--lambda={value}" for value in (0, 0.1, 0.3, 2)},
+    **{f"miu_{value}": f"--miu={value}" for value in (0.3, 3)},
+    **{f"temperature_{value}": f"--temperature={value}" for value in (1, 2)},
+    "element": "--kl_reduction=element",
+    "detached": "--detach_teacher",
+    "rampup": "--rampup_epochs=10",
+}
+
+
 class Study(NamedTuple):
-    """A grid. Each of its networks has a pretrained teacher; sweeps take the first network and convolution.
+    """A grid. Each of its networks has a pretrained teacher; changes are made with the first network and convolution.
 
     Attributes:
         flags: of every run.
         students: of the methods that train several.
-        sweep_seeds: how many of the seeds are for the sweeps, too.
+        changes_seeds: how many of the seeds are for changes, too.
+        changes: of OD with the pretrained teacher, names in CHANGES.
+        changes_teacher_free: the same of OD without.
     """
 
     flags: tuple[str, ...]
@@ -52,7 +66,9 @@ class Study(NamedTuple):
     students: int
     epochs: int
     seeds: int
-    sweep_seeds: int
+    changes_seeds: int
+    changes: tuple[str, ...] = tuple(name for name in CHANGES if name != "students_4")
+    changes_teacher_free: tuple[str, ...] = ("lambda_0", "lambda_0.1", "lambda_0.3", "lambda_2", "detached")
 
 
 STUDIES = {
@@ -63,6 +79,7 @@ STUDIES = {
     "cifar10_subset": Study(
         ("--dataset=folder", "--train_size=10000", "--val_size=2500"),
         ("resnet_20",), ("depthwise", "shift"), 2, 30, 3, 1,
+        ("students_4", "lambda_0", "lambda_0.1", "element", "detached"), ("lambda_0", "lambda_0.1", "detached"),
     ),
     "cifar10": Study(("--dataset=folder",), ("resnet_20", "resnet_56"), ("depthwise", "group", "shift"), 4, 60, 3, 1),
 }  # fmt: skip
@@ -93,14 +110,17 @@ class Run(NamedTuple):
 def grid(name: str) -> Iterator[Run]:
     """The runs of a study but for those of its teachers, method by method."""
     study = STUDIES[name]
-    for variant, flags in methods(study).items():
+    flags_of = methods(study)
+    for variant, flags in flags_of.items():
         for model in study.models:
             for conv in study.convs:
                 for seed in range(study.seeds):
                     yield Run(name, variant, model, conv, seed, flags)
-    for variant, flags in sweeps(study).items():
-        for seed in range(study.sweep_seeds):
-            yield Run(name, variant, study.models[0], study.convs[0], seed, flags)
+    for method, changes in (("od", study.changes), ("od_teacher_free", study.changes_teacher_free)):
+        for change in changes:
+            flags = (*flags_of[method], CHANGES[change])  # of two like flags the last one holds
+            for seed in range(study.changes_seeds):
+                yield Run(name, f"{method}_{change}", study.models[0], study.convs[0], seed, flags)
 
 
 def methods(study: Study) -> dict[str, tuple[str, ...]]:
@@ -114,19 +134,6 @@ def methods(study: Study) -> dict[str, tuple[str, ...]]:
         "dml": ("--method=dml", students),
         "one": ("--method=one", students),
     }
-
-
-def sweeps(study: Study) -> dict[str, tuple[str, ...]]:
-    """OD with one thing changed, and the flags."""
-    changes = {f"students_{count}": (f"--num_students={count}",) for count in (1, 2, 4, 8) if count != study.students}
-    changes |= {f"lambda_{value}": (f"--lambda={value}",) for value in (0, 0.1, 0.3, 2)}
-    changes |= {f"miu_{value}": (f"--miu={value}",) for value in (0.3, 3)}
-    changes |= {f"temperature_{value}": (f"--temperature={value}",) for value in (1, 2)}
-    changes["element"] = ("--kl_reduction=element",)
-    changes["detached"] = ("--detach_teacher",)
-    changes["rampup"] = (f"--rampup_epochs={0.3 * study.epochs:g}",)
-    base = methods(study)["od"]
-    return {f"od_{name}": (*base, *flags) for name, flags in changes.items()}  # of two like flags the last one holds
 
 
 class Runner:

@@ -32,7 +32,8 @@ def test_every_run_is_a_command_of_its_own_that_main_accepts(name, tmp_path):
         assert script == "main.py"
         args = vars(options.parse("main", flags))
         settings.add(json.dumps({key: str(value) for key, value in args.items() if key != "job_dir"}, sort_keys=True))
-        assert bool(args["teacher_dir"]) == (run.variant not in ("teacher", "scratch", "dml", "one", "od_teacher_free"))
+        without = run.variant in ("teacher", "scratch", "dml", "one") or run.variant.startswith("od_teacher_free")
+        assert bool(args["teacher_dir"]) == (not without)
     assert len(settings) == len(runs), "two runs compute the same"
 
 
@@ -71,6 +72,8 @@ def written(tmp_path):
     records += [record("od", seed, test, [test, test - 2], 85.0) for seed, test in enumerate(ours)]
     records += [record("scratch", seed, test, num_students=1) for seed, test in enumerate(theirs)]
     records += [record("od_lambda_0.1", 0, 79.0, [79.0, 78.0], 84.0, **{"lambda": 0.1}), record("od_detached", 0, 70.5)]
+    records += [record("od_teacher_free", 0, 78.0, online=79.0, miu=0.0)]
+    records += [record("od_teacher_free_lambda_2", 0, 77.0, online=78.0, **{"lambda": 2.0, "miu": 0.0})]
     path = results.records_file(tmp_path, "digits")
     path.parent.mkdir()
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records))
@@ -86,6 +89,8 @@ def test_tables_state_mean_deviation_and_number(written):
     assert "| resnet_20, standard: the pretrained teacher | | | 90.00 | | | 89.00 | 1 |" in text
     assert "| 0.1 | 79.00 | 78.50 | 84.00 | 78.00 | 1 |" in text
     assert "| online teacher detached (--detach_teacher) | 70.50 |" in text
+    assert "| λ (μ = 0) |" in text
+    assert "| 2 | 77.00 | 77.00 | 78.00 | 76.00 | 1 |" in text
 
 
 def test_differences_come_with_the_sum_of_the_standard_errors(written):
@@ -106,7 +111,7 @@ import sys
 from experiment import study
 
 flags = ("--dataset=digits", "--lr=0.05")
-study.STUDIES = {"tiny": study.Study(flags, ("resnet_20",), ("depthwise",), 2, 3, seeds=1, sweep_seeds=0)}
+study.STUDIES = {"tiny": study.Study(flags, ("resnet_20",), ("depthwise",), 2, 3, seeds=1, changes_seeds=0)}
 study.run_script(lambda: study.main(study.parse()))
 """
 
