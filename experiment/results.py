@@ -38,7 +38,7 @@ Written by `python experiment/study.py STUDY`, which trains what its tables show
 them anew from the records of the runs, results/STUDY.jsonl. Top-1 accuracy in %, mean ± standard deviation over the n
 seeds. "Best" is the student that is exported, chosen with its epoch on the validation set; "mean" is that of all
 students of a run, which choosing does not favor. Accuracies are of the test set, looked at once, but those under
-"validation".
+"validation". In the tables that change OD's settings every row is of the same seeds.
 """
 
 
@@ -189,7 +189,8 @@ def _sweep(runs: list[Record], sweep: Sweep) -> dict[float, list[Record]]:
     wanted = {sweep.method} | ({"od_teacher_free"} if sweep.setting == "miu" else set())
     beginning = f"{sweep.method}_{sweep.changes}"
     chosen = [run for run in runs if run["variant"] in wanted or run["variant"].startswith(beginning)]
-    return dict(sorted(_grouped(chosen, lambda record: record["settings"][sweep.setting]).items()))
+    groups = _grouped(chosen, lambda record: record["settings"][sweep.setting])
+    return dict(sorted(_of_common_seeds(groups).items()))
 
 
 def _sweep_table(runs: list[Record], sweep: Sweep) -> list[str]:
@@ -203,12 +204,19 @@ def _sweep_table(runs: list[Record], sweep: Sweep) -> list[str]:
 
 
 def _details_table(runs: list[Record]) -> list[str]:
-    groups = _grouped(runs, lambda record: record["variant"])
-    if not set(DETAILS) & set(groups) - {"od"}:
+    groups = _grouped((run for run in runs if run["variant"] in DETAILS), lambda record: record["variant"])
+    groups = _of_common_seeds(groups)
+    if not set(groups) - {"od", "od_teacher_free"}:
         return []
     lines = ["| variant | best | mean | online teacher | validation | n |", "|---|--:|--:|--:|--:|--:|"]
     lines += [f"| {title} | {_cells(groups[variant])} |" for variant, title in DETAILS.items() if variant in groups]
     return [*lines, ""]
+
+
+def _of_common_seeds(groups: dict[Any, list[Record]]) -> dict[Any, list[Record]]:
+    """The groups, each with the seeds alone that all of them have: only then are differences those of the settings."""
+    common = set.intersection(*({record["seed"] for record in group} for group in groups.values())) if groups else set()
+    return {key: [record for record in group if record["seed"] in common] for key, group in groups.items() if common}
 
 
 def _cells(group: list[Record]) -> str:

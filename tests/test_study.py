@@ -88,6 +88,7 @@ def test_tables_state_mean_deviation_and_number(written):
     assert f"{row} {mean - 1:.2f} ± {std:.2f} | 3 |" in text
     assert "| resnet_20, standard: the pretrained teacher | | | 90.00 | | | 89.00 | 1 |" in text
     assert "| 0.1 | 79.00 | 78.50 | 84.00 | 78.00 | 1 |" in text
+    assert "| 0.8 | 80.00 | 79.00 | 85.00 | 79.00 | 1 |" in text, "of the seeds that 0.1 has, too"
     assert "| online teacher detached (--detach_teacher) | 70.50 |" in text
     assert "| λ (μ = 0) |" in text
     assert "| 2 | 77.00 | 77.00 | 78.00 | 76.00 | 1 |" in text
