@@ -20,17 +20,21 @@ METHODS = {
     "dml": "DML",
     "one": "ONE",
     "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
+    "od_teacher_free_lambda_0.8": "the same, λ = 0.8",
     "od": "OD",
+    "od_lambda_0.8": "OD, λ = 0.8",
 }
 DETAILS = {
-    "od": "OD as it is by default",
-    "od_element": "KL averaged over classes (--kl_reduction element)",
-    "od_detached": "online teacher detached (--detach_teacher)",
-    "od_rampup": "online term ramped up over 10 epochs (--rampup_epochs)",
+    "od": "OD as it is by default (λ = 0.1)",
     "od_temperature_1": "T = 1",
     "od_temperature_2": "T = 2",
-    "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
-    "od_teacher_free_detached": "the same, online teacher detached",
+    "od_lambda_0.8": "λ = 0.8",
+    "od_detached": "λ = 0.8, online teacher detached (--detach_teacher)",
+    "od_rampup": "λ = 0.8, ramped up over 10 epochs (--rampup_epochs)",
+    "od_released": "λ = 0.8, KL averaged over classes (--kl_reduction element), as released",
+    "od_teacher_free": "no pretrained teacher (μ = 0)",
+    "od_teacher_free_lambda_0.8": "μ = 0, λ = 0.8",
+    "od_teacher_free_detached": "μ = 0, λ = 0.8, online teacher detached",
 }
 INTRODUCTION = """# Results
 
@@ -38,7 +42,8 @@ Written by `python experiment/study.py STUDY`, which trains what its tables show
 them anew from the records of the runs, results/STUDY.jsonl. Top-1 accuracy in %, mean ± standard deviation over the n
 seeds. "Best" is the student that is exported, chosen with its epoch on the validation set; "mean" is that of all
 students of a run, which choosing does not favor. Accuracies are of the test set, looked at once, but those under
-"validation". In the tables that change OD's settings every row is of the same seeds.
+"validation". In the tables that change OD's settings every row is of the same seeds; a run whose loss was not finite in
+the end ("diverged") has no accuracy.
 """
 
 
@@ -79,6 +84,11 @@ class Mean(NamedTuple):
         return f"{self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {self.std:.2f}")
 
 
+def trained(records: Iterable[Record]) -> list[Record]:
+    """Those that did not diverge."""
+    return [record for record in records if "diverged" not in record]
+
+
 def best(record: Record) -> float:
     return record["test"]
 
@@ -114,7 +124,8 @@ def write_results(out: Path) -> None:
 
 
 def _section(study: str, records: list[Record], folder: Path) -> list[str]:
-    runs = [record for record in records if record["variant"] != "teacher"]
+    every_run = [record for record in records if record["variant"] != "teacher"]
+    records, runs = trained(records), trained(every_run)
     if not runs:
         return []
     hardware = sorted({", ".join(record["environment"].values()) for record in records})
@@ -135,7 +146,7 @@ def _section(study: str, records: list[Record], folder: Path) -> list[str]:
     _draw_costs(records, folder / f"{study}_costs.png", study)
     text += [f"![accuracy against costs](results/{study}_costs.png)", ""]
     base = [record for record in runs if record["variant"] == "od"][:1]
-    swept = [record for record in runs if base and _same_network(record, base[0])]
+    swept = [record for record in every_run if base and _same_network(record, base[0])]
     tables = [_sweep_table(swept, sweep) for sweep in SWEEPS]
     if any(tables):
         _draw_sweeps(swept, folder / f"{study}_sweeps.png", study)
@@ -220,9 +231,13 @@ def _of_common_seeds(groups: dict[Any, list[Record]]) -> dict[Any, list[Record]]
 
 
 def _cells(group: list[Record]) -> str:
-    online = [online_teacher(record) for record in group if record["online_teacher"]]
-    cells = [Mean.of(map(best, group)), Mean.of(map(mean_student, group)), Mean.of(online) if online else ""]
-    return " | ".join(map(str, [*cells, Mean.of(map(validation, group)), len(group)]))
+    ended = trained(group)
+    if not ended:
+        return f"diverged | | | | {len(group)}"
+    online = [online_teacher(record) for record in ended if record["online_teacher"]]
+    cells = [Mean.of(map(best, ended)), Mean.of(map(mean_student, ended)), Mean.of(online) if online else ""]
+    count = f"{len(ended)}" + (f", {len(group) - len(ended)} diverged" if len(ended) < len(group) else "")
+    return " | ".join(map(str, [*cells, Mean.of(map(validation, ended)), count]))
 
 
 def _draw_costs(records: list[Record], path: Path, title: str) -> None:
@@ -266,6 +281,10 @@ def _draw_over_cost(axes: Axes, records: list[Record], cost: str) -> None:
 def _draw_sweeps(runs: list[Record], path: Path, title: str) -> None:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = {sweep: groups for sweep in SWEEPS if len(groups := _sweep(runs, sweep)) > 1}
+    panels = {
+        sweep: {value: ended for value, group in groups.items() if (ended := trained(group))}
+        for sweep, groups in panels.items()
+    }
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (sweep, groups) in zip(all_axes, panels.items(), strict=True):
         _draw_line(axes, groups, best, "best student", "tab:blue")

@@ -88,7 +88,7 @@ def test_defaults_are_the_paper_s_recipe():
     assert (args.arch, args.teacher_model, args.student_model) == ("resnet", "resnet_56", "resnet_56_sparse")
     assert (args.dataset, args.num_epochs, args.train_batch_size, args.eval_batch_size) == ("cifar10", 300, 128, 100)
     assert (args.lr, args.momentum, args.weight_decay, args.lr_decay_step) == (0.1, 0.9, 2e-4, [150, 225])
-    assert (args.num_students, args.lam, args.miu, args.temperature) == (4, 0.8, 0.0, 4.0)
+    assert (args.num_students, args.lam, args.miu, args.temperature) == (4, 0.1, 0.0, 4.0)
     assert args.kl_reduction == "batchmean"
     assert options.parse("main", ["--teacher_dir", "x"]).miu == 1.0
     assert options.parse("finetune", [*REFINE]).lr == 1e-4
@@ -97,7 +97,7 @@ def test_defaults_are_the_paper_s_recipe():
 @pytest.mark.parametrize(
     ("method", "expected"),  # students, lambda, miu, T, epochs of ramp-up, of the papers; with a pretrained teacher
     [
-        ("od", (4, 0.8, 1.0, 4.0, 0.0)),
+        ("od", (4, 0.1, 1.0, 4.0, 0.0)),
         ("scratch", (1, 0.0, 0.0, 4.0, 0.0)),
         ("kd", (1, 0.0, 1.0, 4.0, 0.0)),
         ("dml", (4, 1.0, 0.0, 1.0, 0.0)),
