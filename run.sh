@@ -48,7 +48,7 @@ demo() {
     "$PYTHON" main.py --pretrain --dataset digits --arch resnet --teacher_model resnet_20 \
         --num_epochs 30 --job_dir experiment/digits/teacher --reset
     "$PYTHON" main.py --teacher_dir experiment/digits/teacher --dataset digits --arch resnet \
-        --teacher_model resnet_20 --student_model resnet_20_sparse --lambda 0.8 --miu 1 \
+        --teacher_model resnet_20 --student_model resnet_20_sparse \
         --num_epochs 30 --job_dir experiment/digits/students --reset "$@"
     "$PYTHON" finetune.py --arch resnet --lr 1e-3 --refine experiment/digits/students/resnet_pruned_*.pt --pruned \
         --num_epochs 10 --job_dir experiment/digits/refined --reset
@@ -116,7 +116,7 @@ resnet_56_group() {
 # (ResNet-18 50 images/s, ResNet-50 12). Not measured on a GPU.
 compress() {
     setup requirements.txt
-    "$PYTHON" main.py ${TEACHER:+--teacher_dir "$TEACHER"} --lambda 0.8 "$@"
+    "$PYTHON" main.py ${TEACHER:+--teacher_dir "$TEACHER"} "$@"
 }
 
 vgg_16() {

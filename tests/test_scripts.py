@@ -113,7 +113,7 @@ def test_exported_student_describes_itself(runs):
     assert {key: meta[key] for key in expected} == expected
     assert len(meta["mean"]) == len(meta["std"]) == 3
     assert meta["config"] == json.loads((runs.students / "config.json").read_text())
-    assert meta["config"]["lambda"] == 0.8
+    assert meta["config"]["lambda"] == 0.1
     assert {value.dtype for value in content["state_dict"].values()} == {torch.float32, torch.int64}
 
 

@@ -64,6 +64,11 @@ def record(variant, seed, test, students=None, online=None, conv="depthwise", **
     }  # fmt: skip
 
 
+def diverged(variant, seed, **settings):
+    known = ("run", "variant", "model", "conv", "seed", "settings")
+    return {key: record(variant, seed, 0, **settings)[key] for key in known} | {"diverged": "the loss is not finite"}
+
+
 @pytest.fixture
 def written(tmp_path):
     """RESULTS.md of a few made-up records."""
@@ -72,6 +77,7 @@ def written(tmp_path):
     records += [record("od", seed, test, [test, test - 2], 85.0) for seed, test in enumerate(ours)]
     records += [record("scratch", seed, test, num_students=1) for seed, test in enumerate(theirs)]
     records += [record("od_lambda_0.1", 0, 79.0, [79.0, 78.0], 84.0, **{"lambda": 0.1}), record("od_detached", 0, 70.5)]
+    records += [diverged("od_lambda_3", 0, **{"lambda": 3.0})]
     records += [record("od_teacher_free", 0, 78.0, online=79.0, miu=0.0)]
     records += [record("od_teacher_free_lambda_2", 0, 77.0, online=78.0, **{"lambda": 2.0, "miu": 0.0})]
     path = results.records_file(tmp_path, "digits")
@@ -89,9 +95,16 @@ def test_tables_state_mean_deviation_and_number(written):
     assert "| resnet_20, standard: the pretrained teacher | | | 90.00 | | | 89.00 | 1 |" in text
     assert "| 0.1 | 79.00 | 78.50 | 84.00 | 78.00 | 1 |" in text
     assert "| 0.8 | 80.00 | 79.00 | 85.00 | 79.00 | 1 |" in text, "of the seeds that 0.1 has, too"
-    assert "| online teacher detached (--detach_teacher) | 70.50 |" in text
+    assert "online teacher detached (--detach_teacher) | 70.50 |" in text
+    assert "| 3 | diverged | | | | 1 |" in text
     assert "| λ (μ = 0) |" in text
     assert "| 2 | 77.00 | 77.00 | 78.00 | 76.00 | 1 |" in text
+
+
+def test_runs_that_diverged_are_counted():
+    group = [record("od", 0, 80.0, online=81.0), diverged("od", 1), record("od", 2, 82.0, online=83.0)]
+    assert results._cells(group).startswith("81.00 ± 1.41 | ")
+    assert results._cells(group).endswith(" | 2, 1 diverged")
 
 
 def test_differences_come_with_the_sum_of_the_standard_errors(written):
@@ -151,6 +164,18 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path):
     report = json.loads((jobs / "resnet_20-depthwise-od-0" / "report.json").read_text())
     best = next(row for row in report["networks"] if row["name"].endswith("best"))
     assert f"| resnet_20, depthwise | OD | 2 | {best['test']:.2f} |" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_none(tmp_path, monkeypatch):
+    for name, flags in {"wild": ("--dataset=digits", "--lr=1e9"), "wrong": ("--dataset=digits", "--lr=-1")}.items():
+        tiny = study.Study(flags, ("resnet_20",), ("depthwise",), 2, 2, seeds=1, changes_seeds=0)
+        monkeypatch.setitem(study.STUDIES, name, tiny)
+    runner = study.Runner(tmp_path, None, jobs=1)
+    record = runner.train(next(study.grid("wild")))
+    assert record["diverged"].startswith("the loss is not finite in epoch 1")
+    assert record["settings"] == {"num_students": 1, "lambda": 0.0, "miu": 0.0}
+    assert runner.train(next(study.grid("wrong"))) is None
 
 
 def test_a_mistyped_study_is_told_in_one_line(capsys):
