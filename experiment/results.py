@@ -20,7 +20,7 @@ METHODS = {
     "dml": "DML",
     "one": "ONE",
     "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
-    "od_teacher_free_lambda_0.8": "the same, λ = 0.8",
+    "od_teacher_free_lambda_0.8": "OD, λ = 0.8, μ = 0",
     "od": "OD",
     "od_lambda_0.8": "OD, λ = 0.8",
 }
