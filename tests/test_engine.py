@@ -97,7 +97,7 @@ def test_accumulation_is_the_average_over_the_parts_of_a_batch():
     for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
         student_logits, teacher_logits = reference(images[part].double())
         weight = len(targets[part]) / 7
-        loss = weight * online_distillation(student_logits, teacher_logits, targets[part], 0.8)["loss"]
+        loss = weight * online_distillation(student_logits, teacher_logits, targets[part], args.lam)["loss"]
         loss.backward()
         expected += loss.item()
         right += (teacher_logits.argmax(1) == targets[part]).sum().item()
