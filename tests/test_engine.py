@@ -76,7 +76,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
 
 def test_train_step_counts_correct_answers():
     learner = online_teacher(2)
-    trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, "fp32")
+    trainer = Trainer(learner, None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, "fp32")
     learner.train()
     images, targets = batch()
     _, correct, _ = trainer.train_step(images, targets)
@@ -90,14 +90,14 @@ def test_accumulation_is_the_average_over_the_parts_of_a_batch():
     images, targets = batch(7)
     learner = online_teacher().double()
     reference = copy.deepcopy(learner)
-    trainer = Trainer(learner, None, arguments("--accumulate", 3), CPU, "fp32")
+    trainer = Trainer(learner, None, arguments("--accumulate", 3, "--lambda", 0.8), CPU, "fp32")
     learner.train()
     losses, correct, size = trainer.train_step(images.double(), targets)
     expected, right = 0, 0
     for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
         student_logits, teacher_logits = reference(images[part].double())
         weight = len(targets[part]) / 7
-        loss = weight * online_distillation(student_logits, teacher_logits, targets[part], args.lam)["loss"]
+        loss = weight * online_distillation(student_logits, teacher_logits, targets[part], 0.8)["loss"]
         loss.backward()
         expected += loss.item()
         right += (teacher_logits.argmax(1) == targets[part]).sum().item()
@@ -185,7 +185,7 @@ def loaders(count=22, batch_size=4):
 
 def test_epoch_averages_weigh_every_image_the_same(job):
     """22 images in batches of 4: the last batch, of 2, must not count as much as the others."""
-    trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30), CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, "fp32")
     train, _ = loaders()
     trainer.epoch = 1
     scores = trainer.train_one_epoch(train, job)
