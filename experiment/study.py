@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from experiment.results import read_records, records_file, write_results
+from utils import options
+from utils.engine import MAY_CHANGE
 from utils.errors import UserError, run_script
-from utils.options import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "TEACHER"  # in the flags of a run, stands for the checkpoint of the pretrained teacher
@@ -164,12 +165,14 @@ class Runner:
         """Train and record what has no record yet.
 
         Raises:
-            UserError: a run failed; the others have been done all the same.
+            UserError: the folder of a run holds another one; or a run failed, and the others were done all the same.
         """
         done = {record["run"] for record in read_records(self.out, name)}
         missing = [run for run in grid(name) if run.name not in done]
         needed = dict.fromkeys(run.teacher for run in missing if run.teacher)
         needed = [run for run in needed if run.name not in done or not self.exported(run).exists()]
+        for run in (*needed, *missing):
+            self.check_folder(run)
         teachers = {run: self.pool.submit(self.train, run) for run in needed}
         # Those that wait for a teacher come last, so that none occupies a thread just to wait.
         missing.sort(key=lambda run: run.teacher in teachers)
@@ -195,6 +198,20 @@ class Runner:
             raise UserError(
                 f"{len(failed)} runs failed, such as that of {failed[0]}: mend it and give the command again"
             )
+
+    def check_folder(self, run: Run) -> None:
+        """Raise a UserError if what the run's folder holds was trained with other flags, or other defaults."""
+        path = self.job_dir(run) / "config.json"
+        if not path.exists():
+            return
+        was = json.loads(path.read_text(encoding="utf-8"))
+        now = options.configuration(options.parse("main", self.command(run)[1:]))
+        for name in sorted(set(now) - MAY_CHANGE | {"num_epochs"}):
+            if now[name] not in (None, was.get(name)):  # None: main.py settles it later
+                raise UserError(
+                    f"{path.parent} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or give "
+                    "another --out"
+                )
 
     def train(self, run: Run, teacher: Future | None = None) -> dict[str, Any] | None:
         """The record of the run, trained unless its report is there; None if it failed."""
@@ -248,21 +265,23 @@ class Runner:
 
         Of one whose loss was not finite in the end, its settings and the line that says so.
         """
+        try:
+            config = json.loads((self.job_dir(run) / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
         kept = {"run": run.name, "variant": run.variant, "model": run.model, "conv": run.conv, "seed": run.seed}
+        kept |= {"settings": {name: config[name] for name in SETTINGS}}
         try:
             report = json.loads((self.job_dir(run) / "report.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            last = self.log(run).read_text(encoding="utf-8").splitlines()[-1:] if self.log(run).exists() else []
-            if not last or not last[0].startswith("error: the loss is not finite"):
-                return None
-            config = json.loads((self.job_dir(run) / "config.json").read_text(encoding="utf-8"))
-            return kept | {"settings": {name: config[name] for name in SETTINGS}, "diverged": last[0].split(": ")[1]}
+            last = self.log(run).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+            finite = not last.startswith("error: the loss is not finite")
+            return None if finite else kept | {"diverged": last.split(": ")[1]}
         students = [row for row in report["networks"] if row["name"].startswith("student")]
         online = [row for row in report["networks"] if row["name"].startswith("online")]
         best = next((row for row in students if row["name"].endswith("best")), report["networks"][0])
         study = STUDIES[run.study]
         return kept | {
-            "settings": {name: report["meta"]["config"][name] for name in SETTINGS},
             "val": best["val"],
             "test": best["test"],
             "students": [{"val": row["val"], "test": row["test"]} for row in students],
@@ -297,7 +316,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser("experiment/study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(
+        "experiment/study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="without one: only write RESULTS.md")
     parser.add_argument("--data_dir", type=Path, metavar="PATH", help="of the images, for the studies of CIFAR-10")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or else one a core)")

@@ -150,3 +150,16 @@ def test_a_shift_as_a_convolution_computes_the_same(channels, arguments):
     conv = shift.as_conv()
     assert torch.equal(conv(x), shift(x))
     assert not any(parameter.requires_grad for parameter in conv.parameters())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("wide", [1, 3, 4, 8, 100])
+@pytest.mark.parametrize(("kind", "groups"), [("depthwise", 4), ("group", 1), ("group", 4), ("group", 6), ("shift", 4)])
+def test_the_convolutions_to_deploy_compute_what_the_cheap_one_does(kind, groups, wide, stride):
+    torch.manual_seed(0)
+    cheap = CheapConv2d(24, 20, stride=stride, kind=kind, groups=groups)
+    x = torch.randn(2, 24, 7, 6)
+    convs = cheap.as_convs(wide)
+    torch.testing.assert_close(convs(x), cheap(x), rtol=1e-5, atol=1e-5)
+    widths = [module.weight.shape[1] for module in convs.modules() if isinstance(module, nn.Conv2d)]
+    assert kind != "group" or widths[0] >= min(wide, 24)

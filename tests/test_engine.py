@@ -76,7 +76,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
 
 def test_train_step_counts_correct_answers():
     learner = online_teacher(2)
-    trainer = Trainer(learner, None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, "fp32")
+    trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, "fp32")
     learner.train()
     images, targets = batch()
     _, correct, _ = trainer.train_step(images, targets)

@@ -19,7 +19,7 @@ import data
 from data.loader import Batches
 from data.sources import Split
 from model import build, fused
-from model.conv import CheapConv2d, Shift2d
+from model.conv import Shift2d
 from tests.helpers import ROOT, fail, report_of, succeed
 from tests.helpers import meta as network_meta
 from utils import export
@@ -117,19 +117,6 @@ def test_narrow_groups_are_merged_and_strides_stand_where_they_save_most():
     # With g = 4, groups of 4 are dense now, those of 8 twice as wide, and those of 16 as they were.
     assert kernels_in_onnx("group") == {(3, 1): 1, (16, 1): 16, (16, 2): 2}
     assert kernels_in_onnx("depthwise") == kernels_in_onnx("shift") == {(3, 1): 1, (1, 1): 16, (1, 2): 2}
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("wide", [1, 3, 4, 8, 100])
-@pytest.mark.parametrize(("kind", "groups"), [("depthwise", 4), ("group", 1), ("group", 4), ("group", 6), ("shift", 4)])
-def test_the_convolutions_to_deploy_compute_what_the_cheap_one_does(kind, groups, wide, stride):
-    torch.manual_seed(0)
-    cheap = CheapConv2d(24, 20, stride=stride, kind=kind, groups=groups)
-    x = torch.randn(2, 24, 7, 6)
-    convs = cheap.as_convs(wide)
-    torch.testing.assert_close(convs(x), cheap(x), rtol=1e-5, atol=1e-5)
-    widths = [module.weight.shape[1] for module in convs.modules() if isinstance(module, nn.Conv2d)]
-    assert kind != "group" or widths[0] >= min(wide, 24)
 
 
 def test_an_onnx_file_says_what_it_is():

@@ -14,6 +14,7 @@ import pytest
 from experiment import results, study
 from tests.helpers import ROOT
 from utils import options
+from utils.errors import UserError
 
 
 def runs_of(name):
@@ -176,6 +177,20 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_none(tmp_path, mo
     assert record["diverged"].startswith("the loss is not finite in epoch 1")
     assert record["settings"] == {"num_students": 1, "lambda": 0.0, "miu": 0.0}
     assert runner.train(next(study.grid("wrong"))) is None
+
+
+def test_a_run_with_other_flags_is_not_taken_for_the_one_in_the_grid(tmp_path):
+    runner = study.Runner(tmp_path, None, jobs=1)
+    run = next(run for run in study.grid("digits") if run.variant == "od")
+    config = options.configuration(options.parse("main", runner.command(run)[1:]))
+    path = runner.job_dir(run) / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(config | {"pruned_num": 18, "workers": 7}))
+    runner.check_folder(run)
+    path.write_text(json.dumps(config | {"lambda": 0.8}))
+    with pytest.raises(UserError, match=r"was trained with --lambda 0\.8, not 0\.1: delete it"):
+        runner.run("digits")
+    assert not results.records_file(tmp_path, "digits").exists()
 
 
 def test_a_mistyped_study_is_told_in_one_line(capsys):
