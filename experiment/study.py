@@ -80,7 +80,7 @@ STUDIES = {
     "cifar10_subset": Study(
         ("--dataset=folder", "--train_size=10000", "--val_size=2500"),
         ("resnet_20",), ("depthwise", "shift"), 2, 30, 3, 1,
-        ("students_4", "lambda_0", "temperature_2", "detached", "rampup", "released"), ("lambda_0",),
+        ("students_4", "lambda_0", "temperature_2", "detached", "rampup", "released"), ("lambda_0", "detached"),
     ),
     "cifar10": Study(("--dataset=folder",), ("resnet_20", "resnet_56"), ("depthwise", "group", "shift"), 4, 60, 3, 1),
 }  # fmt: skip
