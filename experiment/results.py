@@ -24,6 +24,11 @@ METHODS = {
     "od": "OD",
     "od_lambda_0.8": "OD, λ = 0.8",
 }
+# What OD is compared with; without the pretrained teacher, only with what has none either.
+COMPARISONS = {
+    "od": tuple(variant for variant in METHODS if variant != "od"),
+    "od_teacher_free": ("scratch", "dml", "one", "od_teacher_free_lambda_0.8"),
+}
 DETAILS = {
     "od": "OD as it is by default (λ = 0.1)",
     "od_temperature_1": "T = 1",
@@ -141,7 +146,9 @@ def _section(study: str, records: list[Record], folder: Path) -> list[str]:
         "",
         *_methods_table(records, runs),
         "",
-        *_comparison(runs),
+        *(line for variant in COMPARISONS for line in _comparison(runs, variant)),
+        "Differences in points, ± the sum of the standard errors of the two means.",
+        "",
     ]
     _draw_costs(records, folder / f"{study}_costs.png", study)
     text += [f"![accuracy against costs](results/{study}_costs.png)", ""]
@@ -177,17 +184,18 @@ def _methods_table(records: list[Record], runs: list[Record]) -> list[str]:
     return lines
 
 
-def _comparison(runs: list[Record]) -> list[str]:
-    """What OD gains over each other method, the best student of each run, with the sum of the two standard errors."""
-    others = {variant: title for variant, title in METHODS.items() if variant != "od"}
-    lines = [f"| OD minus | {' | '.join(others.values())} |", f"|---|{'--:|' * len(others)}"]
+def _comparison(runs: list[Record], variant: str) -> list[str]:
+    """What a variant gains over others, the best student of each run, with the sum of the two standard errors."""
+    others = COMPARISONS[variant]
+    lines = [f"| {METHODS[variant]}, minus | {' | '.join(METHODS[other] for other in others)} |"]
+    lines.append(f"|---|{'--:|' * len(others)}")
     for (model, conv), group in _grouped(runs, lambda record: (record["model"], record["conv"])).items():
-        cells, ours = [], [best(record) for record in group if record["variant"] == "od"]
-        for variant in others:
-            theirs = [best(record) for record in group if record["variant"] == variant]
-            cells.append(_difference(Mean.of(ours), Mean.of(theirs)) if ours and theirs else "")
+        means = {name: Mean.of(map(best, of)) for name, of in _grouped(group, lambda record: record["variant"]).items()}
+        cells = [
+            _difference(means[variant], means[other]) if {variant, other} <= means.keys() else "" for other in others
+        ]
         lines.append(f"| {model}, {conv} | {' | '.join(cells)} |")
-    return [*lines, "", "Differences in points, ± the sum of the standard errors of the two means.", ""]
+    return [*lines, ""]
 
 
 def _difference(ours: Mean, theirs: Mean) -> str:
