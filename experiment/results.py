@@ -22,6 +22,7 @@ METHODS = {
     "od_teacher_free": "OD, no pretrained teacher (μ = 0)",
     "od_teacher_free_lambda_0.8": "OD, λ = 0.8, μ = 0",
     "od": "OD",
+    "od_lambda_0": "OD, λ = 0",
     "od_lambda_0.8": "OD, λ = 0.8",
 }
 # What OD is compared with; without the pretrained teacher, only with what has none either.

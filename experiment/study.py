@@ -57,7 +57,7 @@ class Study(NamedTuple):
         flags: of every run.
         students: of the methods that train several.
         changes_seeds: how many of the seeds are for changes, too.
-        changes: of OD with the pretrained teacher, names in CHANGES.
+        changes: of OD with the pretrained teacher, names in CHANGES but for those that are methods, or the default.
         changes_teacher_free: the same of OD without.
     """
 
@@ -68,7 +68,7 @@ class Study(NamedTuple):
     epochs: int
     seeds: int
     changes_seeds: int
-    changes: tuple[str, ...] = tuple(name for name in CHANGES if name != "students_4")
+    changes: tuple[str, ...] = tuple(name for name in CHANGES if name not in ("students_4", "lambda_0"))
     changes_teacher_free: tuple[str, ...] = ("lambda_0", "lambda_0.3", "lambda_2", "detached")
 
 
@@ -80,7 +80,7 @@ STUDIES = {
     "cifar10_subset": Study(
         ("--dataset=folder", "--train_size=10000", "--val_size=2500"),
         ("resnet_20",), ("depthwise", "shift"), 2, 30, 3, 1,
-        ("students_4", "lambda_0", "temperature_2", "detached", "rampup", "released"), ("lambda_0", "detached"),
+        ("students_4", "temperature_2", "detached", "rampup", "released"), ("lambda_0", "detached"),
     ),
     "cifar10": Study(("--dataset=folder",), ("resnet_20", "resnet_56"), ("depthwise", "group", "shift"), 4, 60, 3, 1),
 }  # fmt: skip
@@ -127,13 +127,15 @@ def grid(name: str) -> Iterator[Run]:
 def methods(study: Study) -> dict[str, tuple[str, ...]]:
     """The variants that are compared for every network and convolution, and their flags.
 
-    λ = 0.8 is that of the paper's recipe, there with a KL that is weaker by the number of classes.
+    λ = 0 and μ = 0 (no pretrained teacher) are OD's special cases; λ = 0.8 is that of the paper's recipe, there with a
+    KL that is weaker by the number of classes.
     """
     teacher, students, strong = f"--teacher_dir={TEACHER}", f"--num_students={study.students}", "--lambda=0.8"
     return {
         "scratch": ("--method=scratch",),
         "kd": ("--method=kd", teacher),
         "od": (students, teacher),
+        "od_lambda_0": (students, teacher, "--lambda=0"),
         "od_lambda_0.8": (students, teacher, strong),
         "od_teacher_free": (students,),
         "od_teacher_free_lambda_0.8": (students, strong),
