@@ -1,6 +1,6 @@
 """Does it work? Trains a grid of methods, convolutions and seeds, and writes RESULTS.md.
 
-    python experiment/study.py digits                              # minutes on a laptop
+    python experiment/study.py digits                              # within an hour on two cores
     python experiment/study.py cifar10_subset --data_dir PATH      # hours on a CPU
     python experiment/study.py cifar10 --data_dir PATH             # for GPUs
     python experiment/study.py                                     # only writes RESULTS.md anew, from the records
