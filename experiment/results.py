@@ -250,13 +250,13 @@ def _cells(group: list[Record]) -> str:
 
 
 def _draw_costs(records: list[Record], path: Path, title: str) -> None:
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     macs, params = figure.subplots(1, 2, sharey=True)
     _draw_over_cost(macs, records, "macs")
     _draw_over_cost(params, records, "params")
     macs.set(xlabel="multiply-accumulates of an image", ylabel="test accuracy, top-1 %")
     params.set(xlabel="parameters")
-    params.legend(fontsize=8, loc="lower right")
+    figure.legend(*params.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.suptitle(f"{title}: best student of each run, mean and standard deviation over seeds", fontsize=11)
     _save(figure, path)
 
