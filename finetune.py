@@ -27,7 +27,7 @@ from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import build, check_teacher, variant_for
 from model.online import Students
-from utils import checkpoint, distributed, export, report, tables
+from utils import checkpoint, distributed, export, inputs, report, tables
 from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -48,8 +48,8 @@ def main(args: argparse.Namespace) -> None:
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
     job = Job(args.job_dir, options.configuration(args))
-    inputs = (args.refine, args.teacher_dir)
-    resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, inputs)
+    needed = (args.refine, args.teacher_dir)
+    resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, needed)
     with distributed.first_on_each_machine():
         dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
     if dataset.classes != source["classes"]:
@@ -67,8 +67,9 @@ def main(args: argparse.Namespace) -> None:
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
     meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
+    meta["inputs"] = inputs.describe(dataset, args.data_dir, teacher=teacher, refined=before)
     if resumed:
-        trainer.resume(resumed, meta)
+        trainer.resume(resumed, meta, args.force)
     accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)

@@ -25,7 +25,7 @@ from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import GatedEnsemble, OnlineTeacher, Students
-from utils import checkpoint, distributed, export, report
+from utils import checkpoint, distributed, export, inputs, report
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -54,9 +54,9 @@ def main(args: argparse.Namespace) -> None:
     if args.test_only:
         print_test(args, job, trainer.learner, teacher, loaders.test)
         return
-    meta = describe_run(args, dataset)
+    meta = describe_run(args, dataset, teacher)
     if resumed:
-        trainer.resume(resumed, meta)
+        trainer.resume(resumed, meta, args.force)
     accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)
@@ -122,7 +122,7 @@ def trained_model(args: argparse.Namespace) -> str:
     return args.teacher_model if args.pretrain else args.student_model
 
 
-def describe_run(args: argparse.Namespace, dataset: DataSet) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None) -> dict[str, Any]:
     """The metadata of this run's checkpoints and of the network that it exports."""
     config = options.configuration(args)
     return {
@@ -137,6 +137,7 @@ def describe_run(args: argparse.Namespace, dataset: DataSet) -> dict[str, Any]:
         "input_size": list(dataset.input_size),
         "mean": list(dataset.mean),
         "std": list(dataset.std),
+        "inputs": inputs.describe(dataset, args.data_dir, teacher=teacher),
         "config": config,
     }
 

@@ -30,7 +30,6 @@ import torch
 
 from experiment.results import read_records, records_file, write_results
 from utils import options
-from utils.engine import MAY_CHANGE
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,7 +207,7 @@ class Runner:
             return
         was = json.loads(path.read_text(encoding="utf-8"))
         now = options.configuration(options.parse("main", self.command(run)[1:]))
-        for name in sorted(set(now) - MAY_CHANGE | {"num_epochs"}):
+        for name in sorted(set(now) - options.MAY_CHANGE | {"num_epochs"}):
             if now[name] not in (None, was.get(name)):  # None: main.py settles it later
                 raise UserError(
                     f"{path.parent} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or give "

@@ -50,6 +50,11 @@ def disable() -> None:
     _library = None
 
 
+def kernels_hash() -> str | None:
+    """Of the kernels in use: their sources, compiler and processor. None: PyTorch's operators are."""
+    return Path(_library._name).stem.removeprefix("kernels-") if _library else None
+
+
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x))`, plus `residual` if there is one. (B, C, H, W) -> (B, C, H, W)."""
     if _applies(norm, x):

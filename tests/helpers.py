@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from utils.checkpoint import load_checkpoint
+from utils.options import completed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,12 +52,13 @@ def report_of(job):
     return json.loads((job / "report.json").read_text())
 
 
-def meta(model="resnet_20_sparse", **changes):
+def meta(model="resnet_20_sparse", num_students=1, **changes):
     """What a file of weights says of its network, as main.py writes it."""
     network = {"arch": "resnet", "model": model, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
     data = {"classes": list("abcdefghij"), "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.2] * 3}
-    config = {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20"}
-    return network | data | {"config": config} | changes
+    config = {"dataset": "digits", "data_dir": None, "val_size": 0.1, "teacher_model": "resnet_20", "lambda": 0.8}
+    config |= {"arch": "resnet", "student_model": "resnet_20_sparse", "num_students": num_students, "pretrain": False}
+    return network | data | {"config": completed(config)} | changes
 
 
 def tensorboard_scalars(folder):

@@ -65,7 +65,7 @@ def training_checkpoint(path, accuracies=(50.0, 70.0, 60.0)):
         "optimizer": torch.optim.SGD(learner.parameters()).state_dict(),
         "scores": {"accuracy": {"students": list(accuracies)}, "loss": {"students": [1.0] * len(accuracies)}},
         "best": {"epoch": 3, "student": accuracies.index(max(accuracies)), "accuracy": max(accuracies), "loss": 1.0},
-        "meta": meta(),
+        "meta": meta(num_students=len(accuracies)),
     }
     checkpoint.save(path, content)
     return learner.eval()
@@ -76,7 +76,7 @@ def test_best_student_is_taken_out_of_a_training_checkpoint(tmp_path):
     student, description = checkpoint.best_student(tmp_path / "last.pt")
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(student(x), learner.students[1](x))
-    assert description == meta()
+    assert description == meta(num_students=3)
 
 
 class Payload:

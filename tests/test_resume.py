@@ -84,7 +84,7 @@ def test_resume_with_a_damaged_record_is_refused(runs, tmp_path):
 
 def test_resume_refuses_other_flags(runs):
     error = fail("main.py", *runs.student_flags, "--lambda", 0.5, "--resume", "--job_dir", runs.students)
-    assert "--lambda 0.1, not 0.5" in error
+    assert "--lambda 0.1, not with --lambda 0.5" in error
 
 
 def test_finished_job_is_refused_and_left_as_it_is(runs):

@@ -23,6 +23,7 @@ from model.external import is_file
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.options import completed
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -52,6 +53,8 @@ def load(path: Path) -> Any:
         ) from error
     if kind_of(content) and (fault := find_fault(content)):
         raise UserError(f"{path} is no whole {kind_of(content)}: {fault} is missing or malformed")
+    if kind_of(content):
+        content["meta"]["config"] = completed(content["meta"]["config"])
     return content
 
 

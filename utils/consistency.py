@@ -64,7 +64,9 @@ def _settle_common(args: argparse.Namespace) -> None:
     if args.miu and not args.teacher_dir:
         raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
     if not args.teacher_dir:
-        _refuse(args, ("teacher_norm", "force"), "{flag} is about a pretrained teacher: give --teacher_dir, too")
+        _refuse(args, ("teacher_norm",), "{flag} is about a pretrained teacher: give --teacher_dir, too")
+        if not args.resume:
+            _refuse(args, ("force",), "{flag} is about a pretrained teacher or a resumed run: leave it out")
     args.export = list(dict.fromkeys(args.export))
     _settle_method(args)
     if args.scheduler == "cosine":

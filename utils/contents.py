@@ -155,6 +155,16 @@ _PROGRESS = {
 }
 _SCORES = {"students": _list_of(_is_number)}
 _ACCURACIES = {"val": _optional(_is_number), "test": _optional(_is_number)}
+_CONFIG = {
+    "dataset": _is_text,
+    "data_dir": _optional(_is_text),
+    "image_size?": _optional(_is_count),
+    "train_size?": _optional(_is_number),
+    "val_size": _is_number,
+    "teacher_model": _is_text,
+}
+_IMAGES = {"count": _is_count, "sha256": _is_text}
+_INPUTS = {"train?": _IMAGES, "val?": _IMAGES, "test?": _IMAGES, "teacher?": _is_text, "refined?": _is_text}
 _META = {
     "arch": _is_text,
     "model": _is_text,
@@ -169,13 +179,8 @@ _META = {
     "std": _list_of(_is_number, 3),
     "networks?": _list_of({"name": _is_text, "params": _is_number, "macs": _is_number} | _ACCURACIES),
     "history?": _list_of(_is_dict),
-    "config": {
-        "dataset": _is_text,
-        "data_dir": _optional(_is_text),
-        "image_size?": _optional(_is_count),
-        "val_size": _is_number,
-        "teacher_model": _is_text,
-    },
+    "inputs?": _INPUTS,
+    "config": _CONFIG,
 }
 SCHEMAS = {
     NETWORK: {"state_dict": is_state_dict, "meta": _META},
@@ -186,6 +191,7 @@ SCHEMAS = {
         "scores": _optional(_as({"accuracy": _SCORES, "loss": _SCORES})),  # None: its first epoch is not done
         "best": _optional(_as(_BEST)),
         "progress?": _optional(_as(_PROGRESS)),
+        "environment?": _is_plain,
         "meta": _META,
     },
 }

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -97,11 +98,25 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def environment(device: torch.device, precision: str, execution: str) -> dict[str, Any]:
+    """What the last bits of a run's results depend on, besides its flags and its data."""
+    return {
+        "device": _hardware(device),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "execution": execution,
+        "kernels": fused.kernels_hash(),
+        "torch": str(torch.__version__),
+    }
+
+
 def describe(device: torch.device) -> str:
     """The hardware, for logs and reports."""
+    return _hardware(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+
+
+def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-        return f"{name}, {torch.get_num_threads()} threads"
-    return device.type
+    return torch.cpu.get_capabilities().get("cpu_name", "CPU") if device.type == "cpu" else device.type

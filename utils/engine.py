@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
-from utils import checkpoint, distributed
-from utils.device import COMPILED, GRAPH, PLAIN, autocast
+from utils import checkpoint, distributed, inputs, options
+from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment
 from utils.errors import UserError
 from utils.evaluation import Scores, all_logits, by_network, evaluate, summarize
 from utils.graphs import GraphedStep
@@ -25,13 +25,6 @@ from utils.job import Job, flatten
 from utils.losses import objective
 from utils.progress import Progress, set_random_state
 from utils.schedule import Schedule
-
-# Flags that a resumed run may give anew: where, how long and how precisely it computes, but not what. (The length
-# shapes a cosine schedule, and is fixed there.)
-MAY_CHANGE = {
-    "num_epochs", "job_dir", "data_dir", "teacher_dir", "refine", "pruned", "eval_batch_size", "device", "precision",
-    "compile", "workers", "print_freq", "save_every_minutes",
-}  # fmt: skip
 
 
 class Trainer:
@@ -60,6 +53,7 @@ class Trainer:
         self.learner = learner.to(device, memory_format=torch.channels_last)
         self.teacher = teacher if args.miu else None
         self.device, self.precision, self.execution = device, precision, execution
+        self.environment, self.differences = environment(device, precision, execution), ""
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.save_every = 60 * args.save_every_minutes if args.save_every_minutes else math.inf  # seconds
         self.objective = objective(
@@ -205,7 +199,7 @@ class Trainer:
                 epoch_started, images = time.perf_counter(), train.num_images - self.progress.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
-                images_per_second = images / (time.perf_counter() - epoch_started)
+                speed = images / (time.perf_counter() - epoch_started)
                 self.scores = evaluate(self.learner, val)
                 rate = self.schedule.rate(self.epoch)
                 self._check_finite(flatten(self.scores), "on the validation set", rate, job)
@@ -217,7 +211,8 @@ class Trainer:
                 job.logger.info(
                     f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
                     f"validation {summarize(self.scores)}, best {self.best['accuracy']:.2f}; "
-                    f"{images_per_second:,.0f} images/s, {timedelta(seconds=round(eta))} left"
+                    + (f"{speed:,.0f} images/s, " if images else "")  # a resumed run may have had its last step
+                    + f"{timedelta(seconds=round(eta))} left"
                 )
             if self.epoch == self.num_epochs:
                 interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
@@ -232,37 +227,48 @@ class Trainer:
             # What dropout draws, a resumed run draws again, and each process for itself.
             torch.manual_seed(epoch_seed(self.seed, self.epoch) + distributed.rank() * 2**40)
 
-    def resume(self, path: Path, meta: dict[str, Any]) -> None:
+    def resume(self, path: Path, meta: dict[str, Any], force: bool = False) -> None:
         """Go on from a training checkpoint, with the model_best.pt beside it.
 
+        Args:
+            force: even from other images, and with another teacher or student to refine.
+
         Raises:
-            UserError: they cannot be read or do not belong together, or the run had other flags.
+            UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
         """
         content = checkpoint.load_checkpoint(path)
-        was, now = content["meta"]["config"], meta["config"]
-        fixed = set(now) - MAY_CHANGE | ({"num_epochs"} if now["scheduler"] == "cosine" else set())
-        for name in sorted(fixed):
-            if was.get(name) != now[name]:
-                raise UserError(
-                    f"{path} was trained with --{name} {_as_flag(was.get(name))}, not {_as_flag(now[name])}: resume it "
-                    f"with --{name} {_as_flag(was.get(name))}"
-                )
-        if any(content["meta"][key] != meta[key] for key in ("classes", "mean", "std")):
+        was, config = content["meta"], content["meta"]["config"]
+        if name := options.changed_flag(config, meta["config"]):
+            before, now = (options.as_typed(name, values.get(name)) for values in (config, meta["config"]))
+            raise UserError(f"{path} was trained {before}, not {now}: resume it {before}")
+        if not force:
+            inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)
+        if any(was[key] != meta[key] for key in ("classes", *(() if force else ("mean", "std")))):
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         checkpoint.load_weights(self.learner, content["model"], str(path))
         checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
         self.epoch, self.scores, self.best = content["epoch"], content["scores"], content["best"]
         if content.get("progress"):  # which checkpoints of older runs do not know
             self.progress.load_state_dict(content["progress"], self.device)
-        best = path.with_name("model_best.pt")
-        # A run that was killed between its two writes left the best of the epoch after: it comes again.
-        if self.best and checkpoint.load_checkpoint(best)["epoch"] not in (self.best["epoch"], self.epoch + 1):
-            raise UserError(f"{best} is of another epoch than the best one of {path}: resume from last.pt")
+        begun = self.epoch + bool(self.progress.steps)
+        if self.best:
+            path_of_best = path.with_name("model_best.pt")
+            best_epoch = checkpoint.load_checkpoint(path_of_best)["epoch"]
+            # A run that was killed between its two writes left the best of the epoch after: it comes again.
+            if best_epoch not in (self.best["epoch"], self.epoch + 1):
+                raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
+            begun = max(begun, best_epoch)
+        if begun > self.num_epochs:
+            raise UserError(
+                f"{path} is of epoch {begun} already: give --num_epochs {begun} or more, or start over with --reset"
+            )
+        self.differences = _differences(content.get("environment", {}), self.environment)
 
     @property
     def reached(self) -> str:
         """For a log line: "epoch 3 and 17 steps of the next"."""
-        return f"epoch {self.epoch}" + (f" and {self.progress.steps} steps of the next" if self.progress.steps else "")
+        steps = f" and {self.progress.steps} steps of the next" if self.progress.steps else ""
+        return f"epoch {self.epoch}{steps}{self.differences}"
 
     @property
     def best_student(self) -> nn.Module:
@@ -301,6 +307,7 @@ class Trainer:
             "optimizer": optimizer,
             "scores": self.scores,
             "best": self.best,
+            "environment": self.environment,
             "meta": meta,
         }
 
@@ -314,6 +321,7 @@ class Trainer:
             )
 
 
-def _as_flag(value: Any) -> str:
-    """A value as it is typed after its flag: [150, 225] is 150 225."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """For a log line: what the results of a resumed run may differ by in their last bits."""
+    changed = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and was[name] != now[name]]
+    return f", with {', '.join(changed)}: results may differ in the last bits" if changed else ""

@@ -11,11 +11,11 @@ from typing import Any
 
 from utils import distributed
 from utils.errors import UserError
-from utils.events import Events
+from utils.events import Events, wall_times
 from utils.files import atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 from utils.lock import Lock
-from utils.options import FORMATS, LAST, RESUME_LAST, resume_command
+from utils.options import BEST, FORMATS, LAST, RESUME_LAST, resume_command
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
@@ -35,7 +35,7 @@ class Job:
         self.metrics = folder / "metrics.jsonl"
         self.events = folder / "run"
         self.last = folder / LAST
-        self.best = folder / "checkpoint" / "model_best.pt"
+        self.best = folder / BEST
         self.export = folder / export_name(config)
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
@@ -102,7 +102,7 @@ class Job:
         if not self.writes:
             self.logger = _silent_logger()
             return
-        record = read_metrics(_record_of(resumed)) if resumed else []
+        record, times = (read_metrics(_record_of(resumed)), _times_of(resumed)) if resumed else ([], {})
         kept = [line for line in record if line["epoch"] <= epoch]
         try:
             with interruption.deferred():
@@ -119,7 +119,7 @@ class Job:
                 self.logger = _logger(self.log_file)
                 self.writers = {phase: Events(self.events / phase) for phase in PHASES}
                 for line in kept:
-                    self._add_scalars(line)
+                    self._add_scalars(line, times.get(line["epoch"]))
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
@@ -172,9 +172,9 @@ class Job:
             os.fsync(file.fileno())
         self._add_scalars(line)
 
-    def _add_scalars(self, line: dict[str, Any]) -> None:
+    def _add_scalars(self, line: dict[str, Any], wall_time: float | None = None) -> None:
         for phase, values in (("train", {"lr": line["lr"], **line["train"]}), ("test", line["val"])):
-            self.writers[phase].add(flatten(values), line["epoch"])
+            self.writers[phase].add(flatten(values), line["epoch"], wall_time)
 
     def close(self) -> None:
         interruption.message = "the run was complete"
@@ -222,6 +222,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _record_of(checkpoint: Path) -> Path:
     """The metrics.jsonl of the job that a checkpoint belongs to."""
     return checkpoint.parent.parent / "metrics.jsonl"
+
+
+def _times_of(checkpoint: Path) -> dict[int, float]:
+    """When each epoch of the job that a checkpoint belongs to was recorded."""
+    return wall_times(checkpoint.parent.parent / "run" / PHASES[-1])
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils import normalization
 from utils.consistency import settle_finetune, settle_main
@@ -23,7 +23,16 @@ FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
 RUN_CONTROL = ("resume", "reset", "test_only", "force", "export")
+# Flags that may differ on resume because they do not change what is computed. (The number of epochs shapes a cosine
+# schedule: there it is fixed. The teacher and the refined student are compared by their weights.)
+MAY_CHANGE = {
+    "num_epochs", "job_dir", "data_dir", "teacher_dir", "refine", "pruned", "eval_batch_size", "device", "precision",
+    "compile", "workers", "print_freq", "save_every_minutes",
+}  # fmt: skip
+# Flags from which defaults of others follow.
+CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
 LAST = Path("checkpoint") / "last.pt"  # of a job_dir
+BEST = Path("checkpoint") / "model_best.pt"
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
 
@@ -144,7 +153,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         help="normalization the pretrained teacher was trained with: cifar, cifar100, imagenet, none, or "
         "mean,mean,mean/std,std,std (default: as its file or its origin tells, or else the students')",
     )
-    add("--force", action="store_true", help="train with a pretrained teacher that does no better than guessing")
+    add(
+        "--force",
+        action="store_true",
+        help="train with a pretrained teacher that does no better than guessing; resume "
+        "with another teacher, with another student to refine, or on other images",
+    )
     add(
         "--method",
         choices=tuple(METHODS),
@@ -324,6 +338,40 @@ def configuration(args: argparse.Namespace) -> dict:
     if str(values["arch"]).endswith(".py"):
         values["arch"] = Path(values["arch"]).resolve()
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, with what its version did where it did not know a flag yet."""
+    method = "scratch" if config.get("pretrain") else "od"
+    if config.get("refine"):
+        method = "kd" if config.get("miu") else "scratch"
+    new = dict.fromkeys(("warmup_epochs", "rampup_epochs"), 0.0) | dict.fromkeys(("detach_teacher", "sync_bn"), False)
+    sizes = dict.fromkeys(("image_size", "train_size"))
+    return new | sizes | {"method": method, "accumulate": 1, "teacher_norm": None} | config
+
+
+def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The name of a flag that makes a run another one; None if there is none.
+
+    Args:
+        was, now: configurations, of the run and with the flags that it is to go on with.
+    """
+    if bool(was.get("teacher_dir")) != bool(now.get("teacher_dir")):
+        return "teacher_dir"
+    fixed = now.keys() - MAY_CHANGE
+    if now.get("scheduler") == "cosine":
+        fixed |= {"num_epochs"}
+    if now.get("refine"):  # finetune.py's method follows from --miu
+        fixed -= {"method"}
+    return next((name for name in (*CAUSES, *sorted(fixed)) if name in fixed and was.get(name) != now[name]), None)
+
+
+def as_typed(name: str, value: Any) -> str:
+    """For messages: "with --lr_decay_step 150 225", "without --sync_bn"."""
+    if value is None or value is False:
+        return f"without --{name}"
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([f"with --{name}", *map(str, values)])
 
 
 def resume_command() -> str:

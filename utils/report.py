@@ -135,10 +135,7 @@ def _write(
     dataset: DataSet,
     device: torch.device,
 ) -> None:
-    best, execution = trainer.best, trainer.execution
-    environment = {
-        "device": describe(device), "execution": execution, "torch": torch.__version__, "command": sys.argv
-    }  # fmt: skip
+    best, environment = trainer.best, trainer.environment | {"device": describe(device), "command": sys.argv}
     notes = [
         headline(dataset),
         *doubts,
@@ -146,7 +143,7 @@ def _write(
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
-        f"Run by {execution}, trained in {trainer.precision}.",
+        f"Run by {environment['execution']}, trained in {environment['precision']}.",
     ]
     if deployment.onnx:
         environment["onnxruntime"] = export.runtime_version()

@@ -1,0 +1,60 @@
+"""What a run computes from: fingerprints of its images and of networks that were trained before."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.sources import DataSet, Split
+from utils.errors import UserError
+
+TITLES = {
+    "train": "training images",
+    "val": "validation images",
+    "test": "test images",
+    "teacher": "weights of the pretrained teacher",
+    "refined": "weights of the student to refine",
+}
+
+
+def describe(dataset: DataSet, data_dir: Path | None, **networks: nn.Module | None) -> dict[str, Any]:
+    """A fingerprint of each split and each network, by the keys of TITLES.
+
+    Images in memory are known by their pixels, images that stream by their paths in data_dir.
+    """
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    images = {name: _images(split, data_dir) for name, split in splits.items()}
+    return images | {name: _weights(network) for name, network in networks.items() if network}
+
+
+def check_same(was: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    """Raise a UserError if a run would go on from other images or networks than before, as far as `source` says."""
+    for name, title in TITLES.items():
+        if name in was and name in now and was[name] != now[name]:
+            counts = [f"{side[name]['count']:,}" for side in (was, now) if name in ("train", "val", "test")]
+            counts = f" ({', now '.join(counts)})" if counts else ""
+            raise UserError(f"{source} was trained with other {title}{counts}: give the same, or go on with --force")
+
+
+def _images(split: Split, data_dir: Path | None) -> dict[str, Any]:
+    images = np.ascontiguousarray(split.images)
+    digest = hashlib.sha256(np.ascontiguousarray(split.targets))
+    if images.ndim == 1:
+        root = os.fsencode(data_dir.resolve()) + b"/"
+        digest.update(b"\0".join(path.removeprefix(root) for path in images.tolist()))
+    else:
+        digest.update(str(images.shape).encode())
+        digest.update(images)
+    return {"count": len(split), "sha256": digest.hexdigest()}
+
+
+def _weights(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
