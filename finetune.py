@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,17 @@ def main(args: argparse.Namespace) -> None:
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, needed)
     with distributed.first_on_each_machine():
         dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
-    if dataset.classes != source["classes"]:
-        raise UserError(f"{args.refine} knows other classes than {args.dataset} has: give the data it was trained on")
-    dataset = replace(dataset, mean=source["mean"], std=source["std"])  # the student keeps its normalization
+    dataset = checkpoint.as_trained(dataset, source, args.refine)  # the student keeps its normalization
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     check_fits(student, str(args.refine), dataset.input_size, len(dataset.classes))
-    teacher = pretrained_teacher(args, dataset, device)
+    teacher, remarks = pretrained_teacher(args, dataset, device)
     before = copy.deepcopy(student).to(device)
     trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
         print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
         export_alone(args, job, before, source | {"input_size": list(dataset.input_size)}, loaders.test)
         return
+    inputs.check_unseen(source, dataset, args, args.refine)
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
     meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
@@ -77,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
     if args.resume:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
-        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set")
+        for line in (f"pretrained teacher: {accuracy:.2f} % on the validation set", *remarks):
+            job.logger.info(line)
     trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)
 
     trainer.load_best(job)
@@ -120,11 +119,6 @@ def take_from_file(args: argparse.Namespace, source: dict[str, Any]) -> None:
         args.data_dir = args.data_dir or (Path(config["data_dir"]) if config["data_dir"] else None)
         for name in ("image_size", "train_size"):
             setattr(args, name, getattr(args, name) or config.get(name))
-        if args.val_size not in (None, 0, config["val_size"]):
-            raise UserError(
-                f"--val_size {args.val_size:g}, but {args.refine} was trained with {config['val_size']:g}: it would "
-                "validate on images that it was trained on; leave out --val_size"
-            )
     args.val_size = config["val_size"] if args.val_size is None else args.val_size
     args.teacher_model = args.teacher_model or config["teacher_model"]
 

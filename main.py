@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     with distributed.first_on_each_machine():
         dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
-    teacher = pretrained_teacher(args, dataset, device)
+    teacher, remarks = pretrained_teacher(args, dataset, device)
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, dataset), teacher, args, device, precision, execution)
     if args.test_only:
@@ -65,7 +65,8 @@ def main(args: argparse.Namespace) -> None:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
         role = "" if args.miu else ", only to compare with"
-        job.logger.info(f"pretrained teacher: {accuracy:.2f} % on the validation set{role}")
+        for line in (f"pretrained teacher: {accuracy:.2f} % on the validation set{role}", *remarks):
+            job.logger.info(line)
     trainer.fit(loaders.train, loaders.val, job, meta)
 
     trainer.load_best(job)

@@ -252,7 +252,7 @@ def test_missing_data_set_without_a_network(tmp_path, monkeypatch):
         (("--conv", "shift"), "--conv shift, but .* says depthwise"),
         (("--student_model", "resnet_32_sparse"), "says resnet_20_sparse"),
         (("--pruned_num", "3"), "says 18"),
-        (("--val_size", "0.3"), "validate on images that it was trained on"),
+        (("--val_size", "0.3"), "validated on images that it was trained on; give --val_size 0.1"),
         (("--teacher_model", "resnet_21"), "unknown network 'resnet_21'"),
         (("--teacher_model", "resnet_32_sparse"), "is a student"),
     ],

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import model
 from data.loader import Batches
 from data.sources import Split
 from model import external
 from tests.helpers import fail, meta, succeed
-from utils import checkpoint
+from utils import checkpoint, inputs, options
+from utils.errors import UserError
 from utils.normalization import NORMALIZATIONS
-from utils.teacher import check_accuracy, load_teacher
+from utils.teacher import check_accuracy, load_teacher, pretrained_teacher
 
 CPU = torch.device("cpu")
 CIFAR, CIFAR100, IMAGENET = (NORMALIZATIONS[name] for name in ("cifar", "cifar100", "imagenet"))
@@ -165,3 +167,71 @@ def test_a_namespace_beside_the_weights_is_no_danger(tmp_path):
     torch.save(content, tmp_path / "teacher.pth")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(load_teacher(tmp_path, "resnet_20", 10, CPU)(x), network(x))
+
+
+def of_digits(path, **changes):
+    """An exported teacher of the digits, the data, and the flags of a run that takes it."""
+    torch.manual_seed(0)
+    network, dataset = model.build("resnet_20").eval(), data.load("digits", None, 0.1)
+    about = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std}
+    checkpoint.export(path, network, meta("resnet_20", **about | changes))
+    flags = ["--dataset", "digits", "--teacher_model", "resnet_20", "--teacher_dir", str(path)]
+    return network, dataset, flags
+
+
+def load(flags, dataset):
+    args = options.parse("main", flags)
+    args.arch = "resnet"
+    return pretrained_teacher(args, dataset, CPU)
+
+
+def test_classes_in_another_order_are_matched_by_name(tmp_path):
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    network, dataset, flags = of_digits(tmp_path / "teacher.pt", classes=list(map(str, order)))
+    teacher, remarks = load(flags, dataset)
+    images = torch.randn(2, 3, 8, 8)
+    logits, given = network(images), teacher(images)
+    for i, name in enumerate(order):
+        torch.testing.assert_close(given[:, name], logits[:, i])
+    assert "class 0 is '3' there and '0' in the data" in remarks[0]
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_other_classes_are_refused_unless_forced(tmp_path):
+    network, dataset, flags = of_digits(tmp_path / "teacher.pt", classes=[*"01234567", "eight", "nine"])
+    with pytest.raises(UserError, match=r"class 8 is 'eight' there and '8' in the data.*--force"):
+        load(flags, dataset)
+    teacher, _ = load([*flags, "--force"], dataset)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(teacher(images), network(images))
+
+
+@pytest.mark.parametrize(("val_size", "works"), [(0.1, True), (0, True), (0.2, False), (144, False)])
+def test_a_teacher_that_was_trained_on_the_validation_images_is_refused(tmp_path, val_size, works):
+    """Its file says that it was trained with a validation split of 0.1."""
+    _, _, flags = of_digits(tmp_path / "teacher.pt")
+    dataset = data.load("digits", None, val_size)
+    flags += ["--val_size", str(val_size)]
+    if works:
+        load(flags, dataset)
+    else:
+        with pytest.raises(UserError, match="validated on images that it was trained on; give --val_size"):
+            load(flags, dataset)
+        load([*flags, "--test_only"], dataset)  # which looks at no validation image
+
+
+def test_the_same_validation_images_may_be_asked_for_in_another_way(tmp_path):
+    """As a number rather than a share; a folder's own val/ does not depend on --val_size at all."""
+    dataset = data.load("digits", None, 144)
+    described = inputs.describe(data.load("digits", None, 0.1), None)
+    _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described)
+    load([*flags, "--val_size", "144"], dataset)
+
+
+def test_a_public_checkpoint_s_accuracy_is_said_to_be_no_measure(tmp_path):
+    torch.save(model.build("resnet_20").state_dict(), tmp_path / "public.pt")
+    _, dataset, flags = of_digits(tmp_path / "teacher.pt")
+    flags[-1] = str(tmp_path / "public.pt")
+    assert "is no measure" in load(flags, dataset)[1][0]
+    assert load([*flags, "--val_size", "0"], data.load("digits", None, 0))[1] == []  # it validates on the test set

@@ -10,14 +10,17 @@ import io
 import mmap
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.sources import DataSet
 from model import build, check_architecture
 from model.external import is_file
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
@@ -116,9 +119,12 @@ def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, dict[s
     content = load_checkpoint(path)
     if not content["scores"]:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
-    prefix = f"students.{best_of(content['scores'])}."
-    weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
-    return _restore(path, weights, content["meta"], arch)
+    return _student(path, content, best_of(content["scores"]), arch)
+
+
+def all_students(path: Path, content: dict[str, Any], arch: str | None = None) -> list[nn.Module]:
+    """The students of a training checkpoint, in eval mode; raises as `best_student` does."""
+    return [_student(path, content, i, arch)[0] for i in range(content["meta"]["config"]["num_students"])]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -133,6 +139,41 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if kind_of(content) != CHECKPOINT:
         raise UserError(f"{path} is not a training checkpoint of main.py or finetune.py")
     return content
+
+
+def with_code(path: Path, meta: dict[str, Any], arch: str | None) -> dict[str, Any]:
+    """The metadata of a file, with the Python file `arch` in place of one that it names, whose code is not to be run.
+
+    Raises:
+        UserError: it names one, and `arch` is none.
+    """
+    if not is_file(meta["arch"]):
+        return meta
+    if not is_file(arch):
+        raise UserError(f"{path} needs the code that built its network: give --arch {meta['arch']}")
+    return meta | {"arch": arch}
+
+
+def as_trained(dataset: DataSet, meta: dict[str, Any], source: Path) -> DataSet:
+    """The data set, normalized as the network in `source` was trained.
+
+    Raises:
+        UserError: the network knows other classes.
+    """
+    if difference := first_difference(meta["classes"], dataset.classes):
+        raise UserError(
+            f"{source} knows other classes than {dataset.name} has ({difference}): give the data it was trained on"
+        )
+    return replace(dataset, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+
+
+def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
+    """For messages: the first class that a network and the data do not have in common, by its place."""
+    for i, (a, b) in enumerate(zip_longest(known, given)):
+        if a != b:
+            names = ("none" if name is None else f"'{name}'" for name in (a, b))
+            return "class {} is {} there and {} in the data".format(i, *names)
+    return None
 
 
 def best_of(scores: dict[str, dict[str, Any]]) -> int:
@@ -219,13 +260,16 @@ def _exported(network: nn.Module, meta: dict[str, Any]) -> dict[str, Any]:
     return {"kind": NETWORK, "state_dict": weights, "meta": meta}
 
 
+def _student(path: Path, content: dict[str, Any], index: int, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    prefix = f"students.{index}."
+    weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
+    return _restore(path, weights, content["meta"], arch)
+
+
 def _restore(
     path: Path, weights: dict[str, Tensor], meta: dict[str, Any], arch: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    if is_file(meta["arch"]):
-        if not is_file(arch):
-            raise UserError(f"{path} needs the code that built its network: give --arch {meta['arch']}")
-        meta = meta | {"arch": arch}
+    meta = with_code(path, meta, arch)
     specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
 
     def builder() -> nn.Module:

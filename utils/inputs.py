@@ -1,5 +1,6 @@
 """What a run computes from: fingerprints of its images and of networks that were trained before."""
 
+import argparse
 import hashlib
 import os
 from pathlib import Path
@@ -38,6 +39,22 @@ def check_same(was: dict[str, Any], now: dict[str, Any], source: Path) -> None:
             counts = [f"{side[name]['count']:,}" for side in (was, now) if name in ("train", "val", "test")]
             counts = f" ({', now '.join(counts)})" if counts else ""
             raise UserError(f"{source} was trained with other {title}{counts}: give the same, or go on with --force")
+
+
+def check_unseen(meta: dict[str, Any], dataset: DataSet, args: argparse.Namespace, source: Path) -> None:
+    """Raise a UserError if a network of this project was trained on images of the validation set.
+
+    Args:
+        meta: of the network, which `source` holds.
+    """
+    then = meta["config"]
+    if then["dataset"] != args.dataset or args.val_size in (0, then["val_size"]):
+        return
+    if meta.get("inputs", {}).get("val") != _images(dataset.val, args.data_dir):  # equal in a folder with its own val/
+        raise UserError(
+            f"--val_size {args.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be validated "
+            f"on images that it was trained on; give --val_size {then['val_size']:g}"
+        )
 
 
 def _images(split: Split, data_dir: Path | None) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add(
         "--force",
         action="store_true",
-        help="train with a pretrained teacher that does no better than guessing; resume "
+        help="train with a pretrained teacher that does no better than guessing or that knows other classes; resume "
         "with another teacher, with another student to refine, or on other images",
     )
     add(

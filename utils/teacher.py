@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.loader import Batches
 from data.sources import DataSet
 from model import architecture_of, build, external, from_public, variant_for
+from utils import checkpoint, inputs
 from utils.checkpoint import build_with, load, load_student
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
@@ -41,21 +42,59 @@ class Renormalized(nn.Module):
         return self.network(x * self.scale + self.bias)
 
 
-def pretrained_teacher(args: argparse.Namespace, dataset: DataSet, device: torch.device) -> nn.Module | None:
-    """The pretrained teacher that the flags ask for, for images that are normalized as the data set's are.
+class Reordered(nn.Module):
+    """A network whose classes are in another order than the data's: (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, network: nn.Module, order: Sequence[int]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("order", torch.tensor(order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)[:, self.order]
+
+
+def pretrained_teacher(
+    args: argparse.Namespace, dataset: DataSet, device: torch.device
+) -> tuple[nn.Module | None, list[str]]:
+    """The pretrained teacher that the flags ask for, for the data set's normalization and order of classes.
+
+    Returns:
+        None without --teacher_dir; and remarks for the log.
 
     Raises:
-        UserError: as `load_teacher`; it does not take such images.
+        UserError: as `load_teacher`; it does not take such images, it was trained on the validation images, or it knows
+            other classes and is not to be used by force.
     """
     if not args.teacher_dir:
-        return None
+        return None, []
     variant = variant_for(args.arch, args.teacher_model, dataset.input_size)
     num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
-    teacher = load_teacher(
-        args.teacher_dir, args.teacher_model, num_classes, device, args.arch, variant, given, args.teacher_norm
+    file = find_file(args.teacher_dir, args.teacher_model)
+    teacher, meta = _load_teacher(
+        file, args.teacher_model, num_classes, device, args.arch, variant, given, args.teacher_norm
     )
     check_fits(teacher, args.teacher_model, dataset.input_size, num_classes)
-    return teacher
+    if meta is None:
+        if dataset.val is dataset.test:
+            return teacher, []
+        return teacher, [
+            "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the "
+            "validation set among them: its accuracy there is no measure"
+        ]
+    if not args.test_only:
+        inputs.check_unseen(meta, dataset, args, file)
+    difference = checkpoint.first_difference(meta["classes"], dataset.classes)
+    if difference and sorted(meta["classes"]) == sorted(dataset.classes):
+        order = [meta["classes"].index(name) for name in dataset.classes]
+        teacher = Reordered(teacher, order).to(device).eval()
+        return teacher, [f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"]
+    if difference and not args.force:
+        raise UserError(
+            f"{file} knows other classes than {dataset.name} has ({difference}): take another teacher, or --force to "
+            "match them by their order"
+        )
+    return teacher, []
 
 
 def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force: bool) -> float:
@@ -103,8 +142,21 @@ def load_teacher(
     Raises:
         UserError: nothing there, no checkpoint, or one of another architecture, width or class count.
     """
-    arch = arch or architecture_of(name)
-    file = find_file(path, name)
+    return _load_teacher(find_file(path, name), name, num_classes, device, arch, variant, given, norm)[0]
+
+
+def _load_teacher(
+    file: Path,
+    name: str,
+    num_classes: int,
+    device: torch.device,
+    arch: str | None,
+    variant: dict[str, Any] | None,
+    given: MeanStd | None,
+    norm: str | None,
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """As `load_teacher`, with the metadata of a file of this project."""
+    arch, meta = arch or architecture_of(name), None
     content = _read(file)
     if kind_of(content) == CHECKPOINT:
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
@@ -126,7 +178,7 @@ def load_teacher(
     wanted = parse(norm) if norm else wanted
     if given and wanted and not np.allclose(given, wanted):
         network = Renormalized(network, given, wanted)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
 
 
 def _published_normalization(
