@@ -14,6 +14,7 @@ if __name__ == "__main__":
     ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from model import architecture_of, build, check_architecture, check_teacher, var
 from model.conv import count_cheap
 from model.online import GatedEnsemble, OnlineTeacher, Students
 from utils import checkpoint, distributed, export, inputs, report
+from utils.consistency import settle_main
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -38,22 +40,27 @@ from utils.teacher import check_accuracy, pretrained_teacher
 
 def main(args: argparse.Namespace) -> None:
     # Everything that can be wrong comes first: nothing is written before all of it is in order.
+    tested = checkpoint_to_test(args) if args.test_only else None
     export.check_packages(args.export)
     device = distributed.start(pick_device(args.device))
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
-    resolve_networks(args)
+    if not tested:
+        resolve_networks(args)
     job = Job(args.job_dir, options.configuration(args))
     resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
     with distributed.first_on_each_machine():
         dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
+    if tested:
+        dataset = checkpoint.as_trained(dataset, tested["meta"], tested["path"])
     loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     teacher, remarks = pretrained_teacher(args, dataset, device)
+    if args.test_only:
+        learner = tested and restore_learner(args, tested, dataset).to(device, memory_format=torch.channels_last)
+        print_test(args, learner, teacher, loaders.test)
+        return
     torch.manual_seed(args.seed)
     trainer = Trainer(build_learner(args, dataset), teacher, args, device, precision, execution)
-    if args.test_only:
-        print_test(args, job, trainer.learner, teacher, loaders.test)
-        return
     meta = describe_run(args, dataset, teacher)
     if resumed:
         trainer.resume(resumed, meta, args.force)
@@ -98,7 +105,7 @@ def build_standard(args: argparse.Namespace, dataset: DataSet) -> nn.Module:
 
 
 def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
-    """What is trained: the standard network alone, or students, with the teacher that --method makes of them.
+    """The learner, untrained: the standard network alone, or students, with the teacher that --method makes of them.
 
     One student that no online teacher teaches (--lambda 0) needs none.
 
@@ -111,11 +118,16 @@ def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
     else:
         variant = variant_for(args.arch, args.student_model, dataset.input_size)
         networks = [build_student(args, num_classes, **variant) for _ in range(args.num_students)]
-    check_fits(networks[0], trained_model(args), dataset.input_size, num_classes)
+    return learner_of(args, networks, dataset)
+
+
+def learner_of(args: argparse.Namespace, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
+    """The networks, with the teacher that --method makes of them."""
+    check_fits(networks[0], trained_model(args), dataset.input_size, len(dataset.classes))
     if args.method == "one":
         return GatedEnsemble(networks)
     if args.method == "od" and (args.lam or len(networks) > 1):
-        return OnlineTeacher(networks, num_classes)
+        return OnlineTeacher(networks, len(dataset.classes))
     return Students(networks)
 
 
@@ -164,14 +176,36 @@ def results(
     return rows
 
 
-def print_test(args: argparse.Namespace, job: Job, learner: Students, teacher: nn.Module | None, test: Batches) -> None:
-    """Print the test accuracies of the pretrained teacher, if given, and of a training checkpoint, if there is one."""
-    path = job.best if args.resume in (None, options.RESUME_LAST) else args.resume
-    if not path.exists() and not teacher:
-        raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
+def checkpoint_to_test(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The training checkpoint that --test_only means, and its `path`; flags that were not typed are set as it says.
+
+    None if there is none, and a pretrained teacher to evaluate alone.
+
+    Raises:
+        UserError: neither; a damaged file; flags that contradict it.
+    """
+    path = args.job_dir / options.BEST if args.resume in (None, options.RESUME_LAST) else args.resume
+    if args.resume is None and not path.exists():
+        if not args.teacher_dir:
+            raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
+        settle_main(args)
+        return None
+    content = checkpoint.load_checkpoint(path)
+    meta = checkpoint.with_code(path, content["meta"], args.arch)
+    options.take_from_run(args, meta["config"] | {"arch": meta["arch"]}, path)
+    return content | {"path": path, "meta": meta}
+
+
+def restore_learner(args: argparse.Namespace, tested: dict[str, Any], dataset: DataSet) -> Students:
+    learner = learner_of(args, checkpoint.all_students(tested["path"], tested, args.arch), dataset)
+    checkpoint.load_weights(learner, tested["model"], str(tested["path"]))
+    return learner
+
+
+def print_test(args: argparse.Namespace, learner: Students | None, teacher: nn.Module | None, test: Batches) -> None:
+    """Print the test accuracies of the pretrained teacher and of the networks of a training checkpoint, if given."""
     accuracies = {"pretrained teacher": top1(teacher, test)} if teacher else {}
-    if path.exists():
-        checkpoint.load_weights(learner, checkpoint.load_checkpoint(path)["model"], str(path))
+    if learner:
         accuracy = evaluate(learner, test)["accuracy"]
         if args.pretrain:
             accuracies[args.teacher_model] = accuracy["students"][0]

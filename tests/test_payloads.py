@@ -8,8 +8,8 @@ import data
 import finetune
 import main
 from tests.helpers import make_tree
-from tests.test_checkpoint import Payload, write_malicious, write_pickle
-from utils import options
+from tests.test_checkpoint import Payload, training_checkpoint, write_malicious, write_pickle
+from utils import checkpoint, options
 from utils.errors import UserError
 
 DIGITS = ("--dataset", "digits", "--teacher_model", "resnet_20")
@@ -79,3 +79,15 @@ def test_a_cache_whose_parts_contradict_each_other_is_made_anew(tmp_path, change
     after = data.load("folder", tmp_path / "set", 0)
     assert np.array_equal(before.train.images, after.train.images)
     assert after.skipped.reasons == {}
+
+
+def test_python_files_that_only_a_checkpoint_names_do_not_run(tmp_path):
+    """Neither when a student is loaded nor when a training checkpoint is evaluated."""
+    (tmp_path / "net.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    training_checkpoint(tmp_path / "last.pt")
+    content = checkpoint.load(tmp_path / "last.pt")
+    content["meta"] |= {"arch": str(tmp_path / "net.py"), "model": "net_sparse"}
+    checkpoint.save(tmp_path / "last.pt", content)
+    with pytest.raises(UserError, match="needs the code that built its network: give --arch"):
+        main.main(options.parse("main", ["--test_only", "--resume", str(tmp_path / "last.pt")]))
+    assert not (tmp_path / "ran").exists()

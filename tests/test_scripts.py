@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 import data
-from tests.helpers import ROOT, fail, report_of, run, succeed, tensorboard_scalars
+import main
+from tests.helpers import ROOT, fail, make_tree, report_of, run, succeed, tensorboard_scalars
+from utils import options
 from utils.checkpoint import load_checkpoint, load_student
 from utils.cost import count
+from utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -253,3 +256,59 @@ def test_works_from_another_folder(runs, tmp_path):
     succeed("main.py", *flags, "--job_dir", "relative job/", cwd=tmp_path)
     assert (tmp_path / "relative job" / "report.md").is_file()
     assert not (ROOT / "relative job").exists()
+
+
+def tested(capsys, *flags):
+    """What main.py --test_only prints, as {name: accuracy}."""
+    main.main(options.parse("main", ["--test_only", *map(str, flags)]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("on the test set")]
+    return {name: float(rest.split()[0]) for name, rest in (line.split(": ") for line in lines)}
+
+
+def test_test_only_takes_flags_that_are_not_typed_from_the_checkpoint(runs, tmp_path, capsys):
+    stated = {entry["name"].removesuffix(", best"): entry["test"] for entry in report_of(runs.students)["networks"]}
+    del stated["resnet_20, standard"]
+    assert tested(capsys, "--job_dir", runs.students) == pytest.approx(stated, abs=0.01)
+    assert tested(capsys, "--resume", runs.students / "checkpoint" / "model_best.pt") == pytest.approx(stated, abs=0.01)
+    alone = tested(capsys, "--job_dir", runs.teacher)
+    assert alone == pytest.approx({"resnet_20": report_of(runs.teacher)["networks"][0]["test"]}, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dataset", "cifar10"), "with --dataset digits: leave out --dataset"),
+        (("--conv", "shift"), "with --conv depthwise: leave out --conv"),
+        (("--num_students", 3), "with --num_students 2: leave out --num_students"),
+        (("--lambda", 0.7), "with --lambda 0.1: leave out --lambda"),
+        (("--pretrain",), "without --pretrain: leave out --pretrain"),
+        (("--resume", "nowhere.pt"), "nowhere.pt does not exist"),
+    ],
+)
+def test_test_only_refuses_flags_that_contradict_the_checkpoint(runs, flags, message):
+    with pytest.raises(UserError, match=message):
+        main.main(options.parse("main", list(map(str, ("--test_only", "--job_dir", runs.students, *flags)))))
+
+
+def write_digits(root, brighten=0):
+    """A folder of digits; `brighten` changes the training images alone, and so the statistics of the folder."""
+    digits = data.load("digits", None, 0)
+    for split, name, number in ((digits.train, "train", 300), (digits.test, "test", 100)):
+        for i in range(number):
+            path = root / name / str(split.targets[i]) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.maximum(split.images[i], brighten if name == "train" else 0)).save(path)
+    return "--dataset", "folder", "--data_dir", root
+
+
+def test_test_only_normalizes_as_the_network_was_trained(tmp_path, capsys):
+    network = ("--teacher_model", "resnet_20", "--num_students", 1, "--method", "scratch", "--num_epochs", 2)
+    flags = (*write_digits(tmp_path / "set"), *network, "--job_dir", tmp_path / "job")
+    main.main(options.parse("main", list(map(str, flags))))
+    capsys.readouterr()
+    expected = tested(capsys, "--job_dir", tmp_path / "job")
+    other = write_digits(tmp_path / "other", brighten=200)
+    assert tested(capsys, *other, "--job_dir", tmp_path / "job") == expected
+    make_tree(tmp_path / "pets")
+    with pytest.raises(UserError, match=r"knows other classes than folder has \(class 0 is '0' there and 'cat' in"):
+        tested(capsys, "--data_dir", tmp_path / "pets", "--job_dir", tmp_path / "job")

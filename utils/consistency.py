@@ -9,16 +9,30 @@ from utils.methods import METHODS
 METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
 
 
+def check(script: str, args: argparse.Namespace) -> None:
+    """Raise a UserError for flags that contradict each other, or the script, whatever the others are."""
+    if script == "main":
+        for flag in ("refine", "pruned"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
+        if args.test_only and args.export:
+            raise UserError(
+                "main.py --test_only writes nothing: leave out --export, or export a student with finetune.py --refine "
+                "FILE --pruned --test_only --export"
+            )
+    if args.resume and args.reset:
+        raise UserError("--resume continues a run and --reset deletes it: give one of them")
+    if args.test_only and args.reset:
+        raise UserError("--test_only writes nothing: leave out --reset")
+    if not args.teacher_dir:
+        _refuse(args, ("teacher_norm",), "{flag} is about a pretrained teacher: give --teacher_dir, too")
+        if not args.resume:
+            _refuse(args, ("force",), "{flag} is about a pretrained teacher or a resumed run: leave it out")
+    args.export = list(dict.fromkeys(args.export))
+
+
 def settle_main(args: argparse.Namespace) -> None:
     """Fill in what the flags of main.py leave open. Raises a UserError for flags that contradict each other."""
-    for flag in ("refine", "pruned"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
-    if args.test_only and args.export:
-        raise UserError(
-            "main.py --test_only writes nothing: leave out --export, or export a student with finetune.py --refine "
-            "FILE --pruned --test_only --export"
-        )
     if args.pretrain:
         networks = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir")
         _refuse(args, (*networks, *METHOD_FLAGS), "--pretrain trains the standard network alone: leave out {flag}")
@@ -57,17 +71,8 @@ def settle_finetune(args: argparse.Namespace) -> None:
 
 
 def _settle_common(args: argparse.Namespace) -> None:
-    if args.resume and args.reset:
-        raise UserError("--resume continues a run and --reset deletes it: give one of them")
-    if args.test_only and args.reset:
-        raise UserError("--test_only writes nothing: leave out --reset")
     if args.miu and not args.teacher_dir:
         raise UserError(f"--miu {args.miu:g} needs a pretrained teacher: give --teacher_dir, or --miu 0 to do without")
-    if not args.teacher_dir:
-        _refuse(args, ("teacher_norm",), "{flag} is about a pretrained teacher: give --teacher_dir, too")
-        if not args.resume:
-            _refuse(args, ("force",), "{flag} is about a pretrained teacher or a resumed run: leave it out")
-    args.export = list(dict.fromkeys(args.export))
     _settle_method(args)
     if args.scheduler == "cosine":
         _refuse(args, ("lr_decay_step",), "{flag} belongs to --scheduler step")

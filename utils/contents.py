@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils import normalization
+from utils.methods import METHODS
 
 CHECKPOINT, NETWORK = "training checkpoint", "exported network"
 PARTS, DEPTH = 1_000_000, 20  # more than any file of this program has
@@ -42,6 +43,8 @@ def find_fault(content: dict[str, Any]) -> str | None:
         students = len({key.split(".")[1] for key in content["model"] if key.startswith("students.")})
         if any(len(scores["students"]) != students for scores in (content["scores"] or {}).values()):
             return "scores"
+        if meta["config"]["num_students"] != students:
+            return "meta.config.num_students"
         if content["best"] and content["best"]["student"] >= students:
             return "best.student"
     return None
@@ -163,6 +166,15 @@ _CONFIG = {
     "val_size": _is_number,
     "teacher_model": _is_text,
 }
+# What main.py --test_only takes from a training checkpoint, too.
+_TRAINED = {
+    "student_model": _optional(_is_text),
+    "num_students": _is_count,
+    "lambda": _is_number,
+    "pretrain": lambda value: isinstance(value, bool),
+    "method?": lambda value: isinstance(value, str) and value in METHODS,
+    "teacher_norm?": _optional(_is_text),
+}
 _IMAGES = {"count": _is_count, "sha256": _is_text}
 _INPUTS = {"train?": _IMAGES, "val?": _IMAGES, "test?": _IMAGES, "teacher?": _is_text, "refined?": _is_text}
 _META = {
@@ -192,6 +204,6 @@ SCHEMAS = {
         "best": _optional(_as(_BEST)),
         "progress?": _optional(_as(_PROGRESS)),
         "environment?": _is_plain,
-        "meta": _META,
+        "meta": _META | {"config": _CONFIG | _TRAINED},
     },
 }

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import normalization
-from utils.consistency import settle_finetune, settle_main
+from utils.consistency import check, settle_finetune, settle_main
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
 FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its files
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
-RUN_CONTROL = ("resume", "reset", "test_only", "force", "export")
+RUN_CONTROL = ("resume", "reset", "test_only", "force", "export", "typed")
 # Flags that may differ on resume because they do not change what is computed. (The number of epochs shapes a cosine
 # schedule: there it is fixed. The teacher and the refined student are compared by their weights.)
 MAY_CHANGE = {
@@ -31,6 +31,11 @@ MAY_CHANGE = {
 }  # fmt: skip
 # Flags from which defaults of others follow.
 CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
+# Flags that say what to evaluate a training checkpoint as, and on which data.
+SUBJECT = {
+    "arch", "teacher_model", "student_model", "teacher_norm", "method", "lambda", "pretrain", "dataset", "data_dir",
+    "image_size", "val_size", "train_size",
+}  # fmt: skip
 LAST = Path("checkpoint") / "last.pt"  # of a job_dir
 BEST = Path("checkpoint") / "model_best.pt"
 RESUME_LAST = Path("last")  # what a bare --resume stands for
@@ -90,15 +95,25 @@ _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction 
 
 
 def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the flags of `script`, "main" or "finetune"; a mistake ends the process with code 2."""
+    """Parse and check the flags of `script`, "main" or "finetune"; a mistake ends the process with code 2.
+
+    With main.py's --test_only, defaults are left open: they are those of the checkpoint.
+    """
     parser = build_parser(script)
+    argv = sys.argv[1:] if argv is None else argv
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {close[0]}?" if close else ""))
+    words = {word.partition("=")[0] for word in argv}
+    args.typed = {action.dest for action in parser._actions if not words.isdisjoint(action.option_strings)}
     try:
-        (settle_main if script == "main" else settle_finetune)(args)
+        check(script, args)
+        if script == "finetune":
+            settle_finetune(args)
+        elif not args.test_only:
+            settle_main(args)
     except UserError as error:
         parser.error(str(error))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun runs the command again after a process died
@@ -372,6 +387,22 @@ def as_typed(name: str, value: Any) -> str:
         return f"without --{name}"
     values = [] if value is True else value if isinstance(value, list) else [value]
     return " ".join([f"with --{name}", *map(str, values)])
+
+
+def take_from_run(args: argparse.Namespace, config: dict[str, Any], source: Path) -> None:
+    """Set the flags in SUBJECT from the configuration of a run, recorded in `source`.
+
+    Raises:
+        UserError: a flag that was typed contradicts it.
+    """
+    given = configuration(args) | {"arch": args.arch}
+    typed = {"lambda" if name == "lam" else name for name in args.typed} & given.keys()
+    now = config | {name: given[name] for name in typed - MAY_CHANGE - {"teacher_norm"}}
+    if name := changed_flag(config, now):
+        raise UserError(f"{source} was trained {as_typed(name, config.get(name))}: leave out --{name}")
+    for name in SUBJECT - (typed & {"data_dir", "teacher_norm"}):
+        value = config[name]
+        setattr(args, "lam" if name == "lambda" else name, Path(value) if name == "data_dir" and value else value)
 
 
 def resume_command() -> str:
