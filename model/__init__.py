@@ -111,13 +111,17 @@ def build(
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
-    if external.is_external(arch):
-        if is_sparse(name):
-            return external.student(arch, name.removesuffix(SPARSE), num_classes, conv, groups, pruned_num, **kwargs)
-        return external.standard(arch, name, num_classes, **kwargs)
-    _check_name(name, names(), "network")
-    plan = partial(cheap_convs, kind=conv, groups=groups, pruned_num=pruned_num) if is_sparse(name) else standard_convs
-    return _BUILDERS[name.removesuffix(SPARSE)](num_classes=num_classes, convs=plan, **kwargs)
+    standard, cheap = name.removesuffix(SPARSE), {"groups": groups, "pruned_num": pruned_num}
+    if not external.is_external(arch):
+        _check_name(name, names(), "network")
+        plan = partial(cheap_convs, kind=conv, **cheap) if is_sparse(name) else standard_convs
+        network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
+    elif is_sparse(name):
+        network = external.student(arch, standard, num_classes, conv, **cheap, **kwargs)
+    else:
+        network = external.standard(arch, name, num_classes, **kwargs)
+    network.variant = kwargs  # for students that start from its weights, and for its file
+    return network
 
 
 def is_sparse(name: str) -> bool:

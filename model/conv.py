@@ -185,6 +185,41 @@ class CheapConv2d(nn.Module):
         """The spatial stage of a plain one as 3 x 3 filters, (in, in / groups, 3, 3)."""
         return _shift_filters(self.spatial.channels) if isinstance(self.spatial, Shift2d) else self.spatial.weight
 
+    @property
+    def standard_shape(self) -> tuple[int, ...]:
+        """Shape of the weight of the standard convolution that this one replaces, (out, in, k, k)."""
+        return (*self.pointwise.weight.shape[:2], *self.spatial.kernel_size)
+
+    @torch.no_grad()
+    def approximate(self, weight: Tensor) -> float:
+        """Take the weights whose product is nearest, in the Frobenius norm, to a standard weight (out, in, k, k).
+
+        For the n input channels of one group, the standard weight is a matrix (out, n k^2), and what this convolution
+        can express are the matrices of rank n or less: the nearest is the truncated singular value decomposition. A
+        shift can express one tap a channel, and takes that.
+
+        Returns:
+            The squared distance to the standard weight.
+        """
+        weight = weight.detach().double().cpu()
+        out_channels, in_channels = weight.shape[:2]
+        if isinstance(self.spatial, Shift2d):
+            taps = _shift_filters(in_channels, self.spatial.kernel_size).squeeze(1).double()
+            columns = torch.einsum("oikl,ikl->oi", weight, taps)
+            self.pointwise.weight.copy_(columns[..., None, None])
+            return (weight.square().sum() - columns.square().sum()).item()
+        groups, n = self.spatial.groups, in_channels // self.spatial.groups
+        matrices = weight.reshape(out_channels, groups, -1).transpose(0, 1)
+        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+        rank = min(n, s.shape[1])  # kernels beyond it keep their weights, for the gradient to find
+        root = s[:, :rank].sqrt()
+        kernels = self.spatial.weight.view(groups, n, -1)
+        kernels[:, :rank] = (root[..., None] * v[:, :rank]).to(kernels)
+        columns = weight.new_zeros(groups, out_channels, n)
+        columns[..., :rank] = u[..., :rank] * root[:, None]
+        self.pointwise.weight.copy_(columns.transpose(0, 1).reshape(self.pointwise.weight.shape))
+        return s[:, rank:].square().sum().item()
+
     def dense_weight(self) -> Tensor:
         """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to.
 

@@ -1,8 +1,10 @@
-"""Any network's standard convolutions made cheap, where they stand."""
+"""Any network's standard convolutions made cheap, where they stand, and cheap networks that start from trained ones."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from model.conv import CheapConv2d, initialize, number_to_prune
+from utils.errors import UserError
 
 
 def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_num: int | None = None) -> int:
@@ -54,3 +56,76 @@ def _cheap(conv: nn.Conv2d, kind: str, groups: int) -> CheapConv2d:
     )
     initialize(cheap)
     return cheap.to(conv.weight).train(conv.training)
+
+
+def inherit(student: nn.Module, teacher: nn.Module) -> float:
+    """Start a student from the weights of its trained standard network, in place.
+
+    Parameters and buffers that both have under the same name and in the same shape are copied. Each cheap convolution
+    gets the weights that come nearest, in the Frobenius norm, to those of the standard convolution of its name
+    (`CheapConv2d.approximate`). A k x k convolution is a sum of depthwise separable ones, of which this is the leading
+    term (Guo et al., *Network Decoupling*, BMVC 2018).
+
+    Args:
+        student: a network of this project or one that `cheapen` changed.
+        teacher: the same network with standard convolutions.
+
+    Returns:
+        The share of the energy of the replaced convolutions that was kept, 1 - ||W - W'||^2 / ||W||^2 over all of
+        them; 1 if none was replaced.
+
+    Raises:
+        UserError (a ValueError): the teacher has no standard convolution for a cheap one. The student is then as it
+            was.
+    """
+    standard = dict(teacher.named_modules())
+    pairs = [(cheap, _counterpart(name, cheap, standard)) for name, cheap in _cheap_convs(student)]
+    given = teacher.state_dict()
+    with torch.no_grad():
+        for name, value in student.state_dict().items():
+            if _is_shared(name, value, given):
+                value.copy_(given[name])
+        for cheap, conv in pairs:
+            if cheap.pointwise.bias is not None:
+                cheap.pointwise.bias.copy_(conv.bias if conv.bias is not None else torch.tensor(0.0))
+    lost = sum(cheap.approximate(conv.weight) for cheap, conv in pairs)
+    total = sum(conv.weight.detach().double().square().sum().item() for _, conv in pairs)
+    return 1 - lost / total if total else 1.0
+
+
+def not_inherited(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Names of the parameters and buffers of the student that `inherit` leaves as they are."""
+    given, replaced = teacher.state_dict(), tuple(f"{name}." for name, _ in _cheap_convs(student))
+    return [
+        name
+        for name, value in student.state_dict().items()
+        if not (name.startswith(replaced) or _is_shared(name, value, given))
+    ]
+
+
+def add_noise(network: nn.Module, strength: float) -> None:
+    """Add Gaussian noise to the kernels of all convolutions, `strength` times the standard deviation of each one's."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.add_(torch.randn_like(module.weight), alpha=strength * module.weight.std().item())
+
+
+def _is_shared(name: str, value: Tensor, given: dict[str, Tensor]) -> bool:
+    return name in given and given[name].shape == value.shape
+
+
+def _cheap_convs(network: nn.Module) -> list[tuple[str, CheapConv2d]]:
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, CheapConv2d)]
+
+
+def _counterpart(name: str, cheap: CheapConv2d, standard: dict[str, nn.Module]) -> nn.Conv2d:
+    """The standard convolution that `cheap`, called `name`, replaces."""
+    conv = standard.get(name)
+    fits = isinstance(conv, nn.Conv2d) and tuple(conv.weight.shape) == cheap.standard_shape
+    if not fits or (conv.bias is not None and cheap.pointwise.bias is None):
+        raise UserError(
+            f"the student's {name} replaces a convolution with weights {cheap.standard_shape}, which the teacher does "
+            "not have under this name: give the student's own standard network as the teacher"
+        )
+    return conv
