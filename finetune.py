@@ -26,14 +26,14 @@ from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import build, check_teacher, variant_for
 from model.online import Students
-from utils import checkpoint, distributed, export, inputs, report, tables
+from utils import checkpoint, distributed, export, inputs, report
 from utils.cost import Cost, check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.errors import UserError, run_script
-from utils.evaluation import top1
+from utils.evaluation import Accuracy, accuracy
 from utils.job import Job
-from utils.report import Row
+from utils.report import Results, Row
 from utils.teacher import check_accuracy, pretrained_teacher
 
 
@@ -58,30 +58,31 @@ def main(args: argparse.Namespace) -> None:
     before = copy.deepcopy(student).to(device)
     trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
-        print(f"{args.refine}: {top1(before, loaders.test):.2f} % on the test set")
+        print(f"{args.refine}: {accuracy(before, loaders.test)} on the test set")
         export_alone(args, job, before, source | {"input_size": list(dataset.input_size)}, loaders.test)
         return
     inputs.check_unseen(source, dataset, args, args.refine)
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
     meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
+    meta["start"] = f"from {args.refine}"
     meta["inputs"] = inputs.describe(dataset, args.data_dir, teacher=teacher, refined=before)
     if resumed:
         trainer.resume(resumed, meta, args.force)
-    accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
+    found = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
     if args.resume:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
-        for line in (f"pretrained teacher: {accuracy:.2f} % on the validation set", *remarks):
+        for line in (f"pretrained teacher: {found} on the validation set", *remarks):
             job.logger.info(line)
     trainer.fit(loaders.train, loaders.val, job, meta, keep_initial=True)
 
     trainer.load_best(job)
-    rows = results(args, trainer, before, teacher, source, loaders, dataset)
-    report.publish(job, rows, trainer, meta, dataset, device, loaders.test, args.export)
+    found = results(args, trainer, before, teacher, source, loaders, dataset)
+    report.publish(job, found, trainer, meta, dataset, device, loaders.test, args.export)
     job.close()
     distributed.stop()
 
@@ -131,7 +132,7 @@ def results(
     source: dict[str, Any],
     loaders: Loaders,
     dataset: DataSet,
-) -> list[Row]:
+) -> Results:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     size, splits = dataset.input_size, (loaders.val, loaders.test)
     now, then = options.configuration(args), source["config"]
@@ -142,15 +143,26 @@ def results(
         variant = variant_for(args.arch, args.teacher_model, size)
         standard = build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
     if teacher:
-        accuracies = [top1(teacher, batches) for batches in splits]
+        rows = [Row(name, "standard", count(standard, size), *(accuracy(teacher, batches) for batches in splits))]
     else:
-        accuracies = [known[name][split] if name in known else None for split in ("val", "test")]
-    rows = [Row(name, count(standard, size), *accuracies, standard)]
-    for title, network in ((tables.BEFORE, before), ("student, refined", trainer.best_student)):
-        rows.append(Row(title, count(network, size), *(top1(network, batches) for batches in splits), network))
+        rows = [Row(name, "standard", count(standard, size), *_recorded(known.get(name, {})))]
+    rows[0] = rows[0]._replace(network=standard)
+    for title, role, network in (
+        ("student, before", "before", before),
+        ("student, refined", "student", trainer.best_student),
+    ):
+        found = (accuracy(network, batches) for batches in splits)
+        rows.append(Row(title, role, count(network, size), *found, network))
     if online := known.get(report.ONLINE_TEACHER):
-        rows.append(Row(report.ONLINE_TEACHER, Cost(online["params"], online["macs"]), online["val"], online["test"]))
-    return rows
+        cost = Cost(online["params"], online["macs"])
+        rows.append(Row(report.ONLINE_TEACHER, "online_teacher", cost, *_recorded(online)))
+    return Results(rows)
+
+
+def _recorded(network: dict[str, Any]) -> list[Accuracy | None]:
+    """Validation and test accuracy of a network in the metadata of a file, None where they are unknown."""
+    values = [(network.get(split), network.get(f"{split}_top5")) for split in ("val", "test")]
+    return [None if top1 is None else Accuracy(top1, top5) for top1, top5 in values]
 
 
 if __name__ == "__main__":

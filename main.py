@@ -32,10 +32,10 @@ from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.errors import UserError, run_script
-from utils.evaluation import evaluate, top1
+from utils.evaluation import accuracies, accuracy, evaluate
 from utils.job import Job
-from utils.report import Row
-from utils.teacher import check_accuracy, pretrained_teacher
+from utils.report import Results, Row
+from utils.teacher import check_accuracy, pretrained_teacher, start_from, with_normalization_of
 
 
 def main(args: argparse.Namespace) -> None:
@@ -53,18 +53,22 @@ def main(args: argparse.Namespace) -> None:
         dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
     if tested:
         dataset = checkpoint.as_trained(dataset, tested["meta"], tested["path"])
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     teacher, remarks = pretrained_teacher(args, dataset, device)
+    if args.init == "teacher":
+        dataset, teacher = with_normalization_of(teacher, dataset)
+    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
     if args.test_only:
         learner = tested and restore_learner(args, tested, dataset).to(device, memory_format=torch.channels_last)
         print_test(args, learner, teacher, loaders.test)
         return
     torch.manual_seed(args.seed)
-    trainer = Trainer(build_learner(args, dataset), teacher, args, device, precision, execution)
-    meta = describe_run(args, dataset, teacher)
+    learner = build_learner(args, dataset, teacher)
+    start = start_from(teacher, learner.students) if args.init == "teacher" else "from random weights"
+    trainer = Trainer(learner, teacher, args, device, precision, execution)
+    meta = describe_run(args, dataset, teacher, learner, start)
     if resumed:
         trainer.resume(resumed, meta, args.force)
-    accuracy = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
+    found = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
 
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
@@ -72,13 +76,15 @@ def main(args: argparse.Namespace) -> None:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:
         role = "" if args.miu else ", only to compare with"
-        for line in (f"pretrained teacher: {accuracy:.2f} % on the validation set{role}", *remarks):
+        for line in (f"pretrained teacher: {found} on the validation set{role}", *remarks):
             job.logger.info(line)
+    if args.init == "teacher":
+        job.logger.info(f"students start {start}")
     trainer.fit(loaders.train, loaders.val, job, meta)
 
     trainer.load_best(job)
-    rows = results(args, trainer, teacher, loaders, dataset)
-    report.publish(job, rows, trainer, meta, dataset, device, loaders.test, args.export)
+    found = results(args, trainer, teacher, loaders, dataset)
+    report.publish(job, found, trainer, meta, dataset, device, loaders.test, args.export)
     job.close()
     distributed.stop()
 
@@ -104,10 +110,11 @@ def build_standard(args: argparse.Namespace, dataset: DataSet) -> nn.Module:
     return build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
 
 
-def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
+def build_learner(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None) -> Students:
     """The learner, untrained: the standard network alone, or students, with the teacher that --method makes of them.
 
-    One student that no online teacher teaches (--lambda 0) needs none.
+    One student that no online teacher teaches (--lambda 0) needs none. Students that start from the weights of the
+    pretrained teacher are of its variant of the network, such as its kind of shortcut.
 
     Raises:
         UserError: the networks do not take such images, or do not tell so many classes apart.
@@ -117,6 +124,7 @@ def build_learner(args: argparse.Namespace, dataset: DataSet) -> Students:
         networks = [build_standard(args, dataset)]
     else:
         variant = variant_for(args.arch, args.student_model, dataset.input_size)
+        variant |= teacher.variant if args.init == "teacher" else {}
         networks = [build_student(args, num_classes, **variant) for _ in range(args.num_students)]
     return learner_of(args, networks, dataset)
 
@@ -135,7 +143,9 @@ def trained_model(args: argparse.Namespace) -> str:
     return args.teacher_model if args.pretrain else args.student_model
 
 
-def describe_run(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str
+) -> dict[str, Any]:
     """The metadata of this run's checkpoints and of the network that it exports."""
     config = options.configuration(args)
     return {
@@ -144,7 +154,8 @@ def describe_run(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module 
         "conv": args.conv,
         "groups": args.groups,
         "pruned_num": args.pruned_num,
-        "build": variant_for(args.arch, trained_model(args), dataset.input_size),
+        "build": learner.students[0].variant,
+        "start": start,
         "num_classes": len(dataset.classes),
         "classes": dataset.classes,
         "input_size": list(dataset.input_size),
@@ -157,23 +168,24 @@ def describe_run(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module 
 
 def results(
     args: argparse.Namespace, trainer: Trainer, teacher: nn.Module | None, loaders: Loaders, dataset: DataSet
-) -> list[Row]:
+) -> Results:
     """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
     learner, best, size = trainer.learner, trainer.best_student, dataset.input_size
     standard = best if args.pretrain else teacher
-    accuracies = [top1(standard, batches) for batches in (loaders.val, loaders.test)] if standard else (None, None)
+    known = [accuracy(standard, batches) for batches in (loaders.val, loaders.test)] if standard else []
     standard = standard or build_standard(args, dataset)  # untrained, to compare costs with
-    rows = [Row(report.standard_name(args.teacher_model), count(standard, size), *accuracies, standard)]
+    rows = [Row(report.standard_name(args.teacher_model), "standard", count(standard, size), *known)]
+    rows[0] = rows[0]._replace(network=standard)
     if args.pretrain:
-        return rows
-    val, test = (evaluate(learner, batches)["accuracy"] for batches in (loaders.val, loaders.test))
-    for i, (student, *accuracies) in enumerate(zip(learner.students, val["students"], test["students"], strict=True)):
+        return Results(rows)
+    scores = [evaluate(learner, batches) for batches in (loaders.val, loaders.test)]
+    val, test = map(accuracies, scores)
+    for i, student in enumerate(learner.students):
         name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
-        rows.append(Row(name, count(student, size), *accuracies, network))
-    if "online_teacher" in val:
-        cost = count(learner, size)
-        rows.append(Row(report.ONLINE_TEACHER, cost, val["online_teacher"], test["online_teacher"], learner))
-    return rows
+        rows.append(Row(name, "student", count(student, size), val[i], test[i], network))
+    if len(val) > len(learner.students):
+        rows.append(Row(report.ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
+    return Results(rows, scores[1].get("disagreement"))
 
 
 def checkpoint_to_test(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -204,17 +216,13 @@ def restore_learner(args: argparse.Namespace, tested: dict[str, Any], dataset: D
 
 def print_test(args: argparse.Namespace, learner: Students | None, teacher: nn.Module | None, test: Batches) -> None:
     """Print the test accuracies of the pretrained teacher and of the networks of a training checkpoint, if given."""
-    accuracies = {"pretrained teacher": top1(teacher, test)} if teacher else {}
+    found = {"pretrained teacher": accuracy(teacher, test)} if teacher else {}
     if learner:
-        accuracy = evaluate(learner, test)["accuracy"]
-        if args.pretrain:
-            accuracies[args.teacher_model] = accuracy["students"][0]
-        else:
-            accuracies |= {f"student {i}": value for i, value in enumerate(accuracy["students"], start=1)}
-        if "online_teacher" in accuracy:
-            accuracies[report.ONLINE_TEACHER] = accuracy["online_teacher"]
-    for name, value in accuracies.items():
-        print(f"{name}: {value:.2f} % on the test set")
+        several = [f"student {i + 1}" for i in range(len(learner.students))]
+        names = [args.teacher_model] if args.pretrain else [*several, report.ONLINE_TEACHER]
+        found |= zip(names, accuracies(evaluate(learner, test)), strict=False)
+    for name, value in found.items():
+        print(f"{name}: {value} on the test set")
 
 
 if __name__ == "__main__":

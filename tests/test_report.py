@@ -17,7 +17,7 @@ from tests.helpers import make_tree, report_of
 from utils import checkpoint, options, report, tables
 from utils.cost import Cost, forward_pass, latency
 from utils.errors import UserError
-from utils.evaluation import evaluate, top1
+from utils.evaluation import Accuracy, accuracy, evaluate
 from utils.report import Row
 from utils.teacher import check_accuracy
 
@@ -49,7 +49,7 @@ def test_a_network_with_any_logit_that_is_not_finite_has_no_accuracy(value):
     broken, sound = scores["accuracy"]["students"]
     assert np.isnan(broken)
     assert sound == 100
-    assert top1(FirstPixel(value), batches(5, 6, 7)) == 100
+    assert accuracy(FirstPixel(value), batches(5, 6, 7)).top1 == 100
 
 
 def test_a_teacher_whose_logits_are_not_finite_is_refused_by_force_too():
@@ -58,7 +58,7 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused_by_force_too():
 
 
 def test_accuracies_that_are_none_are_said_to_be():
-    row = Row("student 1", Cost(1, 1), val=50.0, test=float("nan"), network=FirstPixel())
+    row = Row("student 1", "student", Cost(1, 1), Accuracy(50.0), Accuracy(float("nan")), FirstPixel())
     (entry,) = report.compare([row], (3, 2, 2), CPU)
     assert (entry["val"], entry["test"]) == (50.0, None)
     assert json.dumps(entry, allow_nan=False)

@@ -34,7 +34,7 @@ def check(script: str, args: argparse.Namespace) -> None:
 def settle_main(args: argparse.Namespace) -> None:
     """Fill in what the flags of main.py leave open. Raises a UserError for flags that contradict each other."""
     if args.pretrain:
-        networks = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir")
+        networks = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir", "init")
         _refuse(args, (*networks, *METHOD_FLAGS), "--pretrain trains the standard network alone: leave out {flag}")
     if args.teacher_model is None:
         args.arch, args.teacher_model = args.arch or "resnet", "resnet_56"
@@ -53,6 +53,14 @@ def settle_main(args: argparse.Namespace) -> None:
         args.groups = args.groups or 4
         args.method = args.method or "od"
         args.num_students = args.num_students or METHODS[args.method].num_students
+        if args.init == "teacher" and not args.teacher_dir:
+            raise UserError("--init teacher starts students from a pretrained teacher's weights: give --teacher_dir")
+        if args.init == "teacher" and args.student_model.removesuffix("_sparse") != args.teacher_model:
+            raise UserError(
+                f"--init teacher needs a student of the teacher's own architecture: give --student_model "
+                f"{args.teacher_model}_sparse"
+            )
+    args.init = args.init or "random"
     _settle_common(args)
 
 
@@ -63,6 +71,7 @@ def settle_finetune(args: argparse.Namespace) -> None:
     if args.pretrain:
         raise UserError("--pretrain belongs to main.py")
     _refuse(args, ("lam", "detach_teacher", "rampup_epochs"), "finetune.py has no online teacher: leave out {flag}")
+    _refuse(args, ("init",), "finetune.py starts from the student that it refines: leave out {flag}")
     _refuse(args, ("method",), "finetune.py distills from --teacher_dir, or trains without: leave out {flag}")
     if (args.num_students or 1) != 1:
         raise UserError("finetune.py refines one student: leave out --num_students")

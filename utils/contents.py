@@ -41,7 +41,8 @@ def find_fault(content: dict[str, Any]) -> str | None:
         return "meta.mean or meta.std"
     if content["kind"] == CHECKPOINT:
         students = len({key.split(".")[1] for key in content["model"] if key.startswith("students.")})
-        if any(len(scores["students"]) != students for scores in (content["scores"] or {}).values()):
+        scores = (content["scores"] or {}).values()
+        if any(len(part["students"]) != students for part in scores if isinstance(part, dict)):
             return "scores"
         if meta["config"]["num_students"] != students:
             return "meta.config.num_students"
@@ -156,7 +157,8 @@ _PROGRESS = {
     "sizes": lambda sizes: _is_dense(sizes) and sizes.dim() == 1,
     "correct": lambda correct: _is_dense(correct) and correct.dim() == 1,
 }
-_SCORES = {"students": _list_of(_is_number)}
+_BY_NETWORK = {"students": _list_of(_is_number), "online_teacher?": _is_number}
+_SCORES = {"accuracy": _BY_NETWORK, "loss": _BY_NETWORK, "top5?": _BY_NETWORK, "disagreement?": _is_number}
 _ACCURACIES = {"val": _optional(_is_number), "test": _optional(_is_number)}
 _CONFIG = {
     "dataset": _is_text,
@@ -200,9 +202,10 @@ SCHEMAS = {
         "epoch": _is_count,
         "model": is_state_dict,
         "optimizer": {"state": _is_momentum},
-        "scores": _optional(_as({"accuracy": _SCORES, "loss": _SCORES})),  # None: its first epoch is not done
+        "scores": _optional(_as(_SCORES)),  # None: its first epoch is not done
         "best": _optional(_as(_BEST)),
         "progress?": _optional(_as(_PROGRESS)),
+        "seconds?": _is_number,
         "environment?": _is_plain,
         "meta": _META | {"config": _CONFIG | _TRAINED},
     },

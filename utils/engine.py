@@ -38,6 +38,7 @@ class Trainer:
         epoch: epochs done; in training, the one in progress.
         progress: of the epoch in progress.
         scores: of the last epoch done, on the validation set.
+        seconds: of training and validation so far, with those before the run was resumed.
         best: epoch, student (its index), accuracy and loss of the best student on the validation set so far.
     """
 
@@ -77,6 +78,7 @@ class Trainer:
         self.on_device = torch.ones(2, device=device).unbind() if graphed else None
         self.epoch, self.scores, self.best = 0, None, None
         self.progress, self.saved_at = Progress(), time.monotonic()
+        self.seconds, self._counted_at = 0.0, time.perf_counter()
 
     def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, int]:
         """One step of SGD on a batch, of which each process has its share, in --accumulate parts.
@@ -187,6 +189,7 @@ class Trainer:
             UserError: a loss is not finite. The checkpoints on the disk are those of the last good save.
             SystemExit: a signal asked for it.
         """
+        self._counted_at = time.perf_counter()
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = evaluate(self.learner, val)
@@ -214,6 +217,7 @@ class Trainer:
                     + (f"{speed:,.0f} images/s, " if images else "")  # a resumed run may have had its last step
                     + f"{timedelta(seconds=round(eta))} left"
                 )
+            self._count_seconds()
             if self.epoch == self.num_epochs:
                 interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
 
@@ -248,6 +252,7 @@ class Trainer:
         checkpoint.load_weights(self.learner, content["model"], str(path))
         checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
         self.epoch, self.scores, self.best = content["epoch"], content["scores"], content["best"]
+        self.seconds = content.get("seconds", 0.0)
         if content.get("progress"):  # which checkpoints of older runs do not know
             self.progress.load_state_dict(content["progress"], self.device)
         begun = self.epoch + bool(self.progress.steps)
@@ -294,8 +299,13 @@ class Trainer:
             checkpoint.save(job.last, self._state(meta, progress))
         self.saved_at = time.monotonic()
 
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._counted_at = self.seconds + now - self._counted_at, now
+
     def _state(self, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> dict[str, Any]:
         """A training checkpoint; `progress` is of an epoch that is not done yet."""
+        self._count_seconds()
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
@@ -308,6 +318,7 @@ class Trainer:
             "scores": self.scores,
             "best": self.best,
             "environment": self.environment,
+            "seconds": self.seconds,
             "meta": meta,
         }
 

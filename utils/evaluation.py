@@ -1,8 +1,9 @@
 """How good networks are: accuracies and losses of students and online teacher over a split."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,39 +12,88 @@ from data.loader import Batches
 from model.online import Students
 from utils import distributed
 
-Scores = dict[str, dict[str, Any]]
-"""{"accuracy": ..., "loss": ...}, accuracies in %; each with "students", a list, and perhaps "online_teacher"."""
+TOP5_ABOVE = 10  # classes; with so few, top-5 says little
+
+Scores = dict[str, Any]
+"""{"accuracy": ..., "loss": ...}, with more than ten classes "top5", and "disagreement" of several students.
+
+Accuracies are in %. Each but the disagreement is a dictionary with "students", a list, and perhaps "online_teacher".
+"""
+
+
+class Accuracy(NamedTuple):
+    """Top-1 and top-5 in %: NaN where logits are not finite; top-5 is None for at most ten classes."""
+
+    top1: float
+    top5: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.top1:.2f} %" + ("" if self.top5 is None else f" (top-5 {self.top5:.2f} %)")
 
 
 def evaluate(learner: Students, batches: Batches) -> Scores:
-    """Top-1 accuracy in % and cross-entropy of every student and of the online teacher, in float32 as exported.
+    """Accuracies in % and cross-entropy of every student and of the online teacher, in float32 as exported.
 
-    Of the batches of all processes, which each have their share of the images.
-
-    The accuracy of a network that gives a logit that is not finite is NaN.
+    Covers the batches of all processes, each of which has its share of the images. An image counts for top-k when
+    fewer than k classes are ahead of its own: those with a larger logit, and those with an equal one and a smaller
+    index. The accuracy of a network with non-finite logits is NaN. The disagreement is the share of the images, in %,
+    for which two students give different classes, averaged over all pairs of students.
     """
     learner.eval()
-    count = correct = loss = 0
+    students, totals = len(learner.students), 0
     with torch.inference_mode():
         for images, targets in batches:
             logits = all_logits(*learner(images))
-            count += len(targets)  # not batches.num_images, of which some may turn out to be damaged
-            hits = (logits.argmax(-1) == targets).float()
-            correct = correct + hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(1)
+            ranks = _ranks(logits, targets)
+            hits = torch.stack([ranks < 1, ranks < 5]).float()
+            hits = hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(-1)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
-            loss = loss + losses.view(len(logits), -1).sum(1)
-    own = torch.tensor([count, *correct.tolist(), *loss.tolist()], dtype=torch.float64)
-    count, *totals = distributed.total(own).tolist()
-    correct, loss = totals[: len(totals) // 2], totals[len(totals) // 2 :]
-    return {
-        "accuracy": by_network(learner, [100 * hits / count for hits in correct]),
+            losses = losses.view(len(logits), -1).sum(1)
+            answers = logits[:students].argmax(-1)
+            differing = (answers[:, None] != answers).sum() / max(1, students * (students - 1))
+            # The images are counted here: of batches.num_images, some may turn out to be damaged.
+            count = hits.new_tensor([len(targets)])
+            totals = totals + torch.cat([count, differing[None], *hits, losses])
+    count, differing, *rows = distributed.total(totals.double().cpu()).tolist()
+    top1, top5, loss = (rows[i : i + len(logits)] for i in range(0, len(rows), len(logits)))
+    scores = {
+        "accuracy": by_network(learner, [100 * hits / count for hits in top1]),
         "loss": by_network(learner, [total / count for total in loss]),
     }
+    if logits.shape[-1] > TOP5_ABOVE:
+        scores["top5"] = by_network(learner, [100 * hits / count for hits in top5])
+    if students > 1:
+        scores["disagreement"] = 100 * differing / count
+    return scores
 
 
-def top1(network: nn.Module, batches: Batches) -> float:
-    """Top-1 accuracy in % of one network."""
-    return evaluate(Students([network]), batches)["accuracy"]["students"][0]
+def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many classes are ahead of the target in each row of logits: (N, B, K) and (B,) -> (N, B)."""
+    own = logits.gather(-1, targets.expand(len(logits), -1)[..., None])
+    earlier = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(-1)
+
+
+def accuracies(scores: Scores) -> list[Accuracy]:
+    """Of every student, in order, and last of the online teacher, if there is one."""
+    columns = [_listed(scores[key]) for key in ("accuracy", "top5") if key in scores]
+    return [Accuracy(*values) for values in zip(*columns, strict=True)]
+
+
+def accuracy(network: nn.Module, batches: Batches) -> Accuracy:
+    """Of one network, (B, 3, H, W) -> (B, K)."""
+    return accuracies(evaluate(Students([network]), batches))[0]
+
+
+def confusion(network: nn.Module, batches: Batches, num_classes: int) -> np.ndarray:
+    """Counts of images by their class (row) and the class that the network gives them (column), of all processes."""
+    network.eval()
+    counts = torch.zeros(num_classes**2, dtype=torch.float64)
+    with torch.inference_mode():
+        for images, targets in batches:
+            cells = targets * num_classes + network(images).argmax(-1)
+            counts += torch.bincount(cells, minlength=num_classes**2).cpu()
+    return distributed.total(counts).numpy().astype(int).reshape(num_classes, num_classes)
 
 
 def all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
@@ -58,7 +108,16 @@ def by_network(learner: Students, values: list[float]) -> dict[str, Any]:
 
 
 def summarize(scores: Scores) -> str:
-    """For a log line: "students 91.20 91.52, online teacher 92.31"."""
-    accuracy = scores["accuracy"]
-    text = ("students " if len(accuracy["students"]) > 1 else "") + " ".join(f"{x:.2f}" for x in accuracy["students"])
-    return text + (f", online teacher {accuracy['online_teacher']:.2f}" if "online_teacher" in accuracy else "")
+    """For a log line: "students 91.20 91.52, online teacher 92.31", with top-5 in parentheses if there is any."""
+    rows, count = accuracies(scores), len(scores["accuracy"]["students"])
+    text = ("students " if count > 1 else "") + _summarize(rows[:count])
+    return text + (f", online teacher {_summarize(rows[count:])}" if rows[count:] else "")
+
+
+def _summarize(rows: list[Accuracy]) -> str:
+    text = " ".join(f"{row.top1:.2f}" for row in rows)
+    return text if rows[0].top5 is None else f"{text} (top-5 {' '.join(f'{row.top5:.2f}' for row in rows)})"
+
+
+def _listed(values: dict[str, Any]) -> list[float]:
+    return [*values["students"], *([values["online_teacher"]] if "online_teacher" in values else [])]

@@ -160,6 +160,12 @@ def build_parser(script: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("distillation")
     add = group.add_argument
+    add(
+        "--init",
+        choices=("random", "teacher"),
+        help="students start from random weights, as in the paper, or from those of the pretrained teacher "
+        "(default: random)",
+    )
     add("--teacher_dir", type=_path, metavar="PATH", help="checkpoint of the pretrained teacher, or a folder with one")
     add(
         "--teacher_norm",
@@ -362,6 +368,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         method = "kd" if config.get("miu") else "scratch"
     new = dict.fromkeys(("warmup_epochs", "rampup_epochs"), 0.0) | dict.fromkeys(("detach_teacher", "sync_bn"), False)
     sizes = dict.fromkeys(("image_size", "train_size"))
+    new["init"] = None if config.get("refine") else "random"
     return new | sizes | {"method": method, "accumulate": 1, "teacher_norm": None} | config
 
 

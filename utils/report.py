@@ -18,25 +18,43 @@ from utils.cost import Cost, forward_pass, latency
 from utils.curves import draw_curves
 from utils.device import describe
 from utils.engine import Trainer
+from utils.evaluation import Accuracy, confusion
 from utils.files import atomic_write
 from utils.job import Job
 
 ONLINE_TEACHER = "online teacher"
+MOST_LISTED, WORST_LISTED = 20, 10  # classes in report.md: all of so few, else the worst
+MOST_CONFUSED = 100  # classes up to which report.json holds the confusion matrix
 
 
 class Row(NamedTuple):
-    """A network in a report; accuracies are top-1 in %, None where unknown, NaN where its logits are not finite.
+    """A network in a report; its accuracies are None where unknown.
 
     Its latency is measured if it is given, and if its ONNX file is, in ONNX Runtime, too.
+
+    Attributes:
+        role: "standard", "student", "before" (the student that finetune.py refined) or "online_teacher".
     """
 
     name: str
+    role: str
     cost: Cost
-    val: float | None = None
-    test: float | None = None
+    val: Accuracy | None = None
+    test: Accuracy | None = None
     network: nn.Module | None = None
     file_bytes: int | None = None
     onnx: bytes | None = None
+
+
+class Results(NamedTuple):
+    """The networks of a run, the standard one first; the best student has its network.
+
+    Attributes:
+        disagreement: share of the test images, in %, for which two students give different classes, over all pairs.
+    """
+
+    rows: list[Row]
+    disagreement: float | None = None
 
 
 def standard_name(model: str) -> str:
@@ -45,7 +63,7 @@ def standard_name(model: str) -> str:
 
 def publish(
     job: Job,
-    rows: Sequence[Row],
+    results: Results,
     trainer: Trainer,
     meta: dict[str, Any],
     dataset: DataSet,
@@ -56,25 +74,30 @@ def publish(
     """Export the best student and write and print what the run achieved.
 
     Args:
-        rows: the standard network first; the best student's has its network.
         test: the images to compare an ONNX file on.
         formats: to export to, besides the one of this program.
     """
+    rows, best = results.rows, trainer.best_student
+    counts = confusion(best, test, len(dataset.classes))
     if not job.writes:
         return
-    best = trainer.best_student
     chosen = next(i for i, row in enumerate(rows) if row.network is best)
-    networks = [{"name": row.name, **row.cost._asdict(), **_accuracies(row)} for row in rows]
+    networks = [{"name": row.name, "role": row.role, **row.cost._asdict(), **_accuracies(row)} for row in rows]
     meta = meta | {"accuracy": _accuracies(rows[chosen]), "networks": networks}
     checkpoint.export(job.export, best, meta)
-    draw_curves(job, trainer.best, rows[0].val if chosen else None)
+    draw_curves(job, trainer.best, rows[0].val.top1 if chosen and rows[0].val else None)
     deployment = export.write(job.export, best, meta, formats, test)
     for line in deployment.lines():
         job.logger.info(line)
     table = compare(_with_files(rows, chosen, meta, deployment), dataset.input_size, device)
     doubts = [*deployment.doubts(), *_skipped(dataset), *_unseen(dataset), *_not_finite(rows), *_unsteady(table)]
     sentence = tables.verdict(table, chosen, meta) if chosen else ""
-    _write(job, table, chosen, sentence, deployment, doubts, trainer, meta, dataset, device)
+    classes = by_class(counts, dataset.classes)
+    answers = {"classes": classes, "confusion": counts.tolist() if len(classes) <= MOST_CONFUSED else None}
+    answers["disagreement"] = results.disagreement
+    for i, row in enumerate(table):
+        row["exported"] = i == chosen
+    _write(job, table, chosen, sentence, answers, deployment, doubts, trainer, meta, dataset, device)
     printed = [tables.summary(table), *filter(None, [sentence]), f"exported {job.export}; more in {job.report}"]
     job.logger.info("\n" + "\n\n".join(printed))
 
@@ -95,7 +118,7 @@ def compare(rows: Sequence[Row], input_size: Sequence[int], device: torch.device
 
     Ratios say how many times smaller, cheaper and faster a network is: above 1 is better.
     """
-    table = [{"name": row.name, **_accuracies(row), **row.cost._asdict()} for row in rows]
+    table = [{"name": row.name, "role": row.role, **_accuracies(row), **row.cost._asdict()} for row in rows]
     sessions = {}
     for i, row in enumerate(rows):
         if row.file_bytes:
@@ -128,6 +151,7 @@ def _write(
     table: tables.Table,
     chosen: int,
     sentence: str,
+    answers: dict[str, Any],
     deployment: export.Deployment,
     doubts: list[str],
     trainer: Trainer,
@@ -140,6 +164,7 @@ def _write(
         headline(dataset),
         *doubts,
         *deployment.notes(),
+        f"{'Students' if len(trainer.learner.students) > 1 else 'The network'} started {meta['start']}.",
         f"Chosen at epoch {best['epoch']}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
@@ -154,15 +179,25 @@ def _write(
         f"`--{name} {value}`" for name, value in meta["config"].items() if value is not None and value is not False
     )
     parts = [sentence and [sentence], tables.accuracy_table(table), tables.cost_table(table)]
-    parts += [tables.deployment_table(table, chosen), [f"- {note}" for note in (*notes, flags)]]
+    parts += [tables.deployment_table(table, chosen), tables.class_table(answers["classes"], MOST_LISTED, WORST_LISTED)]
+    parts += [[f"- {note}" for note in (*notes, flags)]]
     text = [line for part in ([f"# {job.export.name}"], *filter(None, parts)) for line in (*part, "")]
     with atomic_write(job.report, "w") as file:
         file.write("\n".join(text))
     content = {"networks": table, "summary": sentence, "best": best, "notes": notes}
-    content |= {"exported": deployment.as_json(), "skipped_images": dataset.skipped.reasons}
+    content |= {"data": notes[0], "start": meta["start"], "seconds": trainer.seconds}
+    content |= {"exported": deployment.as_json(), "skipped_images": dataset.skipped.reasons, **answers}
     content |= {"meta": meta, "environment": environment}
     with atomic_write(job.report_json, "w") as file:
         json.dump(content, file, indent=2)
+
+
+def by_class(counts: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Each class with its number of images and the accuracy on them in %, None without any, from a confusion matrix."""
+    return [
+        {"name": name, "images": int(row.sum()), "accuracy": 100 * int(row[i]) / int(row.sum()) if row.any() else None}
+        for i, (name, row) in enumerate(zip(classes, counts, strict=True))
+    ]
 
 
 def headline(dataset: DataSet) -> str:
@@ -197,7 +232,7 @@ def _unseen(dataset: DataSet) -> list[str]:
 
 
 def _not_finite(rows: Sequence[Row]) -> list[str]:
-    """A note of each network whose answers are no numbers."""
+    """A note for each network with non-finite logits."""
     splits = {"validation": "val", "test": "test"}
     broken = [(row.name, split) for row in rows for split, key in splits.items() if _is_nan(getattr(row, key))]
     return [
@@ -218,11 +253,18 @@ def _unsteady(table: tables.Table) -> list[str]:
 
 
 def _accuracies(row: Row) -> dict[str, float | None]:
-    return {key: None if _is_nan(value) else value for key, value in (("val", row.val), ("test", row.test))}
+    """ "val" and "test", top-1 in %, and "val_top5" and "test_top5" where there are more than ten classes."""
+    values = {}
+    for split, accuracy in (("val", row.val), ("test", row.test)):
+        known = accuracy is not None and not _is_nan(accuracy)
+        values[split] = accuracy.top1 if known else None
+        if known and accuracy.top5 is not None:
+            values[f"{split}_top5"] = accuracy.top5
+    return values
 
 
-def _is_nan(value: float | None) -> bool:
-    return value is not None and math.isnan(value)
+def _is_nan(accuracy: Accuracy | None) -> bool:
+    return accuracy is not None and math.isnan(accuracy.top1)
 
 
 def _selection(dataset: DataSet) -> str:

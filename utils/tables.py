@@ -1,11 +1,11 @@
 """What a report's networks cost and achieve, in words and tables; of the plain values that `report.compare` gives."""
 
+from collections.abc import Sequence
 from typing import Any
 
 LATENCY_BATCHES = (1, 256)
 UNSTEADY = 0.5  # spread of a latency from which on it is marked
 MARK = "(unsteady)"
-BEFORE = "student, before"
 RUNTIMES = {"": "PyTorch", "onnx_": "ONNX Runtime"}  # by what their latencies' keys begin with
 LATENCIES = tuple(f"{runtime}latency_{batch}" for runtime in RUNTIMES for batch in LATENCY_BATCHES)
 FILES = {"file_bytes": ".pt file", "onnx_bytes": ".onnx file"}
@@ -27,7 +27,7 @@ def verdict(table: Table, chosen: int, meta: dict[str, Any]) -> str:
     if row["test"] is None:
         return text + "no accuracy, for its logits are not finite"
     others = [("the standard network", table[0]["test"])]
-    others += [("before it was refined", entry["test"]) for entry in table if entry["name"] == BEFORE]
+    others += [("before it was refined", entry["test"]) for entry in table if entry["role"] == "before"]
     compared = [_points(row["test"] - value, name) for name, value in others if value is not None]
     return text + ", ".join([f"{row['test']:.2f} % of the test images right", *compared])
 
@@ -66,13 +66,15 @@ def _points(gained: float, name: str) -> str:
 
 def summary(table: Table) -> str:
     """The table for a person at a terminal: accuracy, parameters, MACs."""
-    cells = [("network", "test top-1, %", "parameters", "", "MACs", "")]
+    top5 = _with_top5(table)
+    cells = [("network", "test top-1, %", *(["top-5, %"] if top5 else []), "parameters", "", "MACs", "")]
     for row in table:
         ratios = ("", "")
         if row is not table[0]:
             size, macs = row["ratios"]["params"], row["ratios"]["macs"]
             ratios = change(size, "smaller", "larger", "as large"), change(macs, "fewer", "more", "as many")
-        cells.append((row["name"], _percent(row["test"]), f"{row['params']:,}", ratios[0], _mega(row), ratios[1]))
+        accuracies = [_percent(row["test"]), *([_percent(row.get("test_top5"))] if top5 else [])]
+        cells.append((row["name"], *accuracies, f"{row['params']:,}", ratios[0], _mega(row), ratios[1]))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for name, *values in cells:
@@ -82,8 +84,27 @@ def summary(table: Table) -> str:
 
 
 def accuracy_table(table: Table) -> list[str]:
-    lines = [f"| {row['name']} | {_percent(row['val'])} | {_percent(row['test'])} |" for row in table]
-    return ["| top-1 accuracy, % | validation | test |", "|---|--:|--:|", *lines]
+    titles = {"val": "validation", "test": "test"}
+    if _with_top5(table):
+        titles = {"val": "validation top-1", "val_top5": "top-5", "test": "test top-1", "test_top5": "top-5"}
+    lines = [[row["name"], *(_percent(row.get(key)) for key in titles)] for row in table]
+    title = "accuracy, %" if "val_top5" in titles else "top-1 accuracy, %"
+    return [f"| {' | '.join(line)} |" for line in ([title, *titles.values()], ["---", *["--:"] * len(titles)], *lines)]
+
+
+def class_table(classes: Sequence[dict[str, Any]], most: int, worst: int) -> list[str]:
+    """Test accuracy of the exported network by class: all classes up to `most` of them, else the `worst` ones."""
+    known = [entry for entry in classes if entry["accuracy"] is not None]
+    title = "class"
+    if len(classes) > most:
+        known = sorted(known, key=lambda entry: entry["accuracy"])[:worst]
+        title = f"the {len(known)} worst of {len(classes):,} classes"
+    lines = [f"| {entry['name']} | {entry['images']:,} | {_percent(entry['accuracy'])} |" for entry in known]
+    return [f"| {title} | test images | top-1 accuracy, % |", "|---|--:|--:|", *lines]
+
+
+def _with_top5(table: Table) -> bool:
+    return any("test_top5" in row or "val_top5" in row for row in table)
 
 
 def cost_table(table: Table) -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from data.loader import Batches
 from data.sources import DataSet
 from model import architecture_of, build, external, from_public, variant_for
+from model.convert import add_noise, inherit, not_inherited
 from utils import checkpoint, inputs
 from utils.checkpoint import build_with, load, load_student
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
 from utils.errors import UserError
-from utils.evaluation import top1
+from utils.evaluation import Accuracy, accuracy
 from utils.normalization import NORMALIZATIONS, MeanStd, parse
 
 # Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.
 WRAPPERS = ("state_dict", "model", "net")
 SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 PREFIXES = ("module.", "_orig_mod.")
+NOISE = 0.3  # of each kernel's standard deviation, in students that start from a teacher's weights
 
 
 class Renormalized(nn.Module):
@@ -33,7 +36,7 @@ class Renormalized(nn.Module):
 
     def __init__(self, network: nn.Module, given: MeanStd, wanted: MeanStd):
         super().__init__()
-        self.network = network
+        self.network, self.normalization = network, wanted
         (mean, std), (wanted_mean, wanted_std) = (torch.tensor(norm)[..., None, None] for norm in (given, wanted))
         self.register_buffer("scale", std / wanted_std)
         self.register_buffer("bias", (mean - wanted_mean) / wanted_std)
@@ -97,23 +100,57 @@ def pretrained_teacher(
     return teacher, []
 
 
-def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force: bool) -> float:
-    """The teacher's top-1 accuracy in % on the validation images, of which these are the targets.
+def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet, nn.Module]:
+    """The data set normalized as the pretrained teacher was trained, and the teacher for such images.
+
+    Raises:
+        UserError: its classes are in another order than those of the data.
+    """
+    if isinstance(teacher, Reordered):
+        raise UserError("--init teacher needs a teacher whose classes are in the order of the data's classes")
+    if isinstance(teacher, Renormalized):
+        mean, std = teacher.normalization
+        return replace(dataset, mean=mean, std=std), teacher.network
+    return dataset, teacher
+
+
+def start_from(teacher: nn.Module, students: Sequence[nn.Module]) -> str:
+    """Start the students from the teacher's weights (`model.convert.inherit`), and say so, for the log and the report.
+
+    Equal students learn nothing from one another, so all but the first get noise.
+
+    Raises:
+        UserError: the teacher is not the standard network of the students.
+    """
+    kept = inherit(students[0], teacher)
+    for student in students[1:]:
+        inherit(student, teacher)
+        add_noise(student, NOISE)
+    text = f"from the weights of the pretrained teacher, with {kept:.1%} of the energy of the replaced convolutions"
+    if len(students) > 1:
+        text += f", all but the first with noise of {NOISE:g} standard deviations of each kernel"
+    if missing := not_inherited(students[0], teacher):
+        text += f"; random, for the teacher has no such weights: {', '.join(missing)}"
+    return text
+
+
+def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force: bool) -> Accuracy:
+    """The teacher's accuracy on the validation images, of which these are the targets.
 
     Raises:
         UserError: its logits are not finite; it is hardly better than always answering the most frequent class, and not
             to be used by force.
     """
-    accuracy, chance = top1(teacher, val), 100 * np.bincount(targets).max() / len(targets)
-    if math.isnan(accuracy):
+    found, chance = accuracy(teacher, val), 100 * np.bincount(targets).max() / len(targets)
+    if math.isnan(found.top1):
         raise UserError("the logits of the pretrained teacher are not finite on the validation set: it cannot teach")
-    if accuracy < chance + 0.05 * (100 - chance) and not force:
+    if found.top1 < chance + 0.05 * (100 - chance) and not force:
         raise UserError(
-            f"the pretrained teacher has {accuracy:.2f} % right on the validation set, where guessing has {chance:.2f}"
-            " %: its classes may be in another order, it may have been trained on other data, or with another "
-            "normalization (--teacher_norm); --force trains with it all the same"
+            f"the pretrained teacher has {found.top1:.2f} % right on the validation set, where guessing has "
+            f"{chance:.2f} %: its classes may be in another order, it may have been trained on other data, or with "
+            "another normalization (--teacher_norm); --force trains with it all the same"
         )
-    return accuracy
+    return found
 
 
 def load_teacher(
