@@ -106,13 +106,14 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {close[0]}?" if close else ""))
-    words = {word.partition("=")[0] for word in argv}
-    args.typed = {action.dest for action in parser._actions if not words.isdisjoint(action.option_strings)}
     try:
         check(script, args)
         if script == "finetune":
             settle_finetune(args)
-        elif not args.test_only:
+        elif args.test_only:
+            words = {word.partition("=")[0] for word in argv}
+            args.typed = {action.dest for action in parser._actions if not words.isdisjoint(action.option_strings)}
+        else:
             settle_main(args)
     except UserError as error:
         parser.error(str(error))
