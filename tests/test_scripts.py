@@ -258,7 +258,7 @@ def test_works_from_another_folder(runs, tmp_path):
     assert not (ROOT / "relative job").exists()
 
 
-def tested(capsys, *flags):
+def accuracies_of(capsys, *flags):
     """What main.py --test_only prints, as {name: accuracy}."""
     main.main(options.parse("main", ["--test_only", *map(str, flags)]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("on the test set")]
@@ -268,9 +268,11 @@ def tested(capsys, *flags):
 def test_test_only_takes_flags_that_are_not_typed_from_the_checkpoint(runs, tmp_path, capsys):
     stated = {entry["name"].removesuffix(", best"): entry["test"] for entry in report_of(runs.students)["networks"]}
     del stated["resnet_20, standard"]
-    assert tested(capsys, "--job_dir", runs.students) == pytest.approx(stated, abs=0.01)
-    assert tested(capsys, "--resume", runs.students / "checkpoint" / "model_best.pt") == pytest.approx(stated, abs=0.01)
-    alone = tested(capsys, "--job_dir", runs.teacher)
+    assert accuracies_of(capsys, "--job_dir", runs.students) == pytest.approx(stated, abs=0.01)
+    assert accuracies_of(capsys, "--resume", runs.students / "checkpoint" / "model_best.pt") == pytest.approx(
+        stated, abs=0.01
+    )
+    alone = accuracies_of(capsys, "--job_dir", runs.teacher)
     assert alone == pytest.approx({"resnet_20": report_of(runs.teacher)["networks"][0]["test"]}, abs=0.01)
 
 
@@ -306,9 +308,9 @@ def test_test_only_normalizes_as_the_network_was_trained(tmp_path, capsys):
     flags = (*write_digits(tmp_path / "set"), *network, "--job_dir", tmp_path / "job")
     main.main(options.parse("main", list(map(str, flags))))
     capsys.readouterr()
-    expected = tested(capsys, "--job_dir", tmp_path / "job")
+    expected = accuracies_of(capsys, "--job_dir", tmp_path / "job")
     other = write_digits(tmp_path / "other", brighten=200)
-    assert tested(capsys, *other, "--job_dir", tmp_path / "job") == expected
+    assert accuracies_of(capsys, *other, "--job_dir", tmp_path / "job") == expected
     make_tree(tmp_path / "pets")
     with pytest.raises(UserError, match=r"knows other classes than folder has \(class 0 is '0' there and 'cat' in"):
-        tested(capsys, "--data_dir", tmp_path / "pets", "--job_dir", tmp_path / "job")
+        accuracies_of(capsys, "--data_dir", tmp_path / "pets", "--job_dir", tmp_path / "job")
