@@ -69,6 +69,7 @@ CIFAR100 = Study(
                 Row("standard, 60 epochs", "teacher_60", "--pretrain --num_epochs 60", seeds=1),
                 Row("scratch, 60 epochs", "scratch_60", "--conv depthwise --method scratch --num_epochs 60", seeds=1),
                 Row("OD, λ = 0, no pretrained teacher", "od_teacher_free_lambda_0", "--conv depthwise --lambda 0"),
+                Row("OD, λ = 0", "od_lambda_0", "--conv depthwise --lambda 0 --teacher_dir {teacher}"),
                 Row("DML", "dml", "--conv depthwise --method dml"),
                 Row("ONE", "one", "--conv depthwise --method one"),
             ),

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -134,7 +135,11 @@ def test_a_run_of_three_processes_is_that_of_one(tmp_path):
     one, three = metrics(tmp_path / "one"), metrics(tmp_path / "three")
     assert len(three) == 2
     assert three[0]["train"]["loss"]["total"] == pytest.approx(one[0]["train"]["loss"]["total"], rel=1e-2)
-    assert report_of(tmp_path / "three")["networks"][1]["test"] is not None
+    reports = [report_of(tmp_path / name) for name in ("one", "three")]
+    assert reports[1]["networks"][1]["test"] is not None
+    counts = [np.array(report["confusion"]) for report in reports]
+    assert counts[1].sum(1).tolist() == counts[0].sum(1).tolist(), "each image is counted once"
+    assert [entry["images"] for entry in reports[1]["classes"]] == counts[0].sum(1).tolist()
     names = {path.name for path in (tmp_path / "one").rglob("*") if "events" not in path.name}
     assert {path.name for path in (tmp_path / "three").rglob("*") if "events" not in path.name} == names
 

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import model
 from data.loader import Batches
 from data.sources import Split
-from model.online import OnlineTeacher
+from model.online import OnlineTeacher, Students
 from utils.checkpoint import best_of
-from utils.evaluation import evaluate
+from utils.evaluation import TOP5_ABOVE, accuracies, accuracy, confusion, evaluate, summarize
+from utils.report import by_class
 
 
 def test_evaluate_against_a_plain_count():
@@ -40,3 +42,75 @@ def test_evaluate_against_a_plain_count():
 )
 def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, losses, best):
     assert best_of({"accuracy": {"students": accuracies}, "loss": {"students": losses}}) == best
+
+
+class Fixed(nn.Module):
+    """Gives the row of `logits` whose index the first pixel of an image is."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return self.logits[x[:, 0, 0, 0].round().long()]
+
+
+def indexed(targets, batch_size=4):
+    """An image for each target, whose first pixel is its index."""
+    images = np.zeros((len(targets), 1, 1, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(len(targets))
+    return Batches(Split(images, targets), batch_size, (0,) * 3, (1 / 255,) * 3, torch.device("cpu"))
+
+
+def test_top_k_against_a_plain_sort():
+    """With many equal logits, among which the smaller index is ahead."""
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 20, 60)
+    logits = generator.integers(0, 5, (60, 20)).astype(np.float32)
+    ahead = [sorted(range(20), key=lambda k, row=row: (-row[k], k)) for row in logits]
+    ranks = np.array([order.index(target) for order, target in zip(ahead, targets, strict=True)])
+    found = accuracy(Fixed(torch.from_numpy(logits)), indexed(targets))
+    assert found.top1 == pytest.approx(100 * np.mean(ranks < 1))
+    assert found.top5 == pytest.approx(100 * np.mean(ranks < 5))
+    assert 0 < found.top1 < found.top5 < 100
+
+
+def test_top_5_is_for_more_than_ten_classes_and_for_every_network():
+    targets = np.zeros(4, int)
+    few, many = (Fixed(torch.randn(4, count)) for count in (TOP5_ABOVE, TOP5_ABOVE + 1))
+    assert accuracy(few, indexed(targets)).top5 is None
+    assert "top-5" not in str(accuracy(few, indexed(targets)))
+    scores = evaluate(Students([many, many]), indexed(targets))
+    assert len(scores["top5"]["students"]) == 2
+    assert [row.top5 for row in accuracies(scores)] == scores["top5"]["students"]
+    assert summarize(scores).count("top-5") == 1
+
+
+def test_top_5_of_logits_that_are_not_finite_is_none():
+    logits = torch.zeros(4, 12)
+    logits[1, 7] = float("nan")
+    found = accuracy(Fixed(logits), indexed(np.zeros(4, int)))
+    assert np.isnan(found.top1)
+    assert np.isnan(found.top5)
+
+
+def test_disagreement_is_the_mean_over_pairs_of_students():
+    answers = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 1, 0, 2], [0, 2, 2, 1, 0]])
+    learner = Students([Fixed(F.one_hot(row, 3).float()) for row in answers])
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = 100 * np.mean([(answers[a] != answers[b]).float().mean() for a, b in pairs])
+    scores = evaluate(learner, indexed(np.zeros(5, int), batch_size=2))
+    assert scores["disagreement"] == pytest.approx(expected)
+    assert "disagreement" not in evaluate(Students([learner.students[0]]), indexed(np.zeros(5, int)))
+
+
+def test_confusion_counts_images_by_class_and_answer():
+    targets, answers = np.array([0, 0, 1, 2, 2, 2, 0]), torch.tensor([0, 1, 1, 0, 2, 2, 0])
+    counts = confusion(Fixed(F.one_hot(answers, 4).float()), indexed(targets), 4)
+    assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
+    assert by_class(counts, list("abcd")) == [
+        {"name": "a", "images": 3, "accuracy": pytest.approx(200 / 3)},
+        {"name": "b", "images": 1, "accuracy": 100.0},
+        {"name": "c", "images": 3, "accuracy": pytest.approx(200 / 3)},
+        {"name": "d", "images": 0, "accuracy": None},
+    ]
