@@ -59,12 +59,12 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(Students([student]), teacher, args, device, precision, execution)
     if args.test_only:
         print(f"{args.refine}: {accuracy(before, loaders.test)} on the test set")
-        export_alone(args, job, before, source | {"input_size": list(dataset.input_size)}, loaders.test)
+        export_alone(args, job, before, source | dataset.meta, loaders.test)
         return
     inputs.check_unseen(source, dataset, args, args.refine)
     source.pop("accuracy", None)  # of the student before; the refined one gets its own
     history = [*source.get("history", []), source["config"]]
-    meta = source | {"config": options.configuration(args), "history": history, "input_size": list(dataset.input_size)}
+    meta = source | dataset.meta | {"config": options.configuration(args), "history": history}
     meta["start"] = f"from {args.refine}"
     meta["inputs"] = inputs.describe(dataset, args.data_dir, teacher=teacher, refined=before)
     if resumed:

@@ -156,11 +156,7 @@ def describe_run(
         "pruned_num": args.pruned_num,
         "build": learner.students[0].variant,
         "start": start,
-        "num_classes": len(dataset.classes),
-        "classes": dataset.classes,
-        "input_size": list(dataset.input_size),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
+        **dataset.meta,
         "inputs": inputs.describe(dataset, args.data_dir, teacher=teacher),
         "config": config,
     }

@@ -25,8 +25,7 @@ def _read_fashion_mnist(data_dir: Path, split: str) -> tuple[np.ndarray, Sequenc
     from torchvision.datasets import FashionMNIST
 
     dataset = FashionMNIST(data_dir, split == "train", download=True)
-    gray = np.pad(dataset.data.numpy(), ((0, 0), (2, 2), (2, 2)))  # 28 x 28 -> 32 x 32
-    return np.repeat(gray[..., None], 3, axis=-1), dataset.targets.tolist(), dataset.classes
+    return np.repeat(dataset.data.numpy()[..., None], 3, axis=-1), dataset.targets.tolist(), dataset.classes
 
 
 def _read_svhn(data_dir: Path, split: str) -> tuple[np.ndarray, Sequence[int], list[str]]:
@@ -42,15 +41,16 @@ class Published(NamedTuple):
     """A data set that others published.
 
     Attributes:
-        read: (data_dir, "train" or "test") -> (n, 32, 32, 3) uint8 images, their targets, the names of the classes.
+        read: (data_dir, "train" or "test") -> (n, H, W, 3) uint8 images, their targets, the names of the classes.
         path: where torchvision keeps a split, below data_dir.
-        flip: as DataSet has it.
+        flip, border: as DataSet has them; with the border, images are 32 x 32.
         statistics: mean and std; None: those of the training images.
     """
 
     read: Callable[[Path, str], tuple[np.ndarray, Sequence[int], list[str]]]
     path: str
     flip: bool
+    border: int = 0
     statistics: MeanStd | None = None
 
 
@@ -67,7 +67,7 @@ PUBLISHED = {
         flip=True,
         statistics=NORMALIZATIONS["cifar100"],
     ),
-    "fashion_mnist": Published(_read_fashion_mnist, path="FashionMNIST", flip=True),
+    "fashion_mnist": Published(_read_fashion_mnist, path="FashionMNIST", flip=True, border=2),
     "svhn": Published(_read_svhn, path="{split}_32x32.mat", flip=False),
 }
 
@@ -78,9 +78,10 @@ def published(name: str, data_dir: Path) -> DataSet:
     Raises:
         UserError: it is damaged, or neither there nor to be downloaded.
     """
+    source = PUBLISHED[name]
     (train, classes), (test, _) = (_read(name, data_dir, split) for split in ("train", "test"))
-    mean, std = PUBLISHED[name].statistics or channel_statistics(train.images)
-    return DataSet(name, classes, train, test, mean, std, padding=4, flip=PUBLISHED[name].flip)
+    mean, std = source.statistics or channel_statistics(train.images)
+    return DataSet(name, classes, train, test, mean, std, padding=4, flip=source.flip, border=source.border)
 
 
 def require_scipy(what: str) -> None:
@@ -111,4 +112,6 @@ def _read(name: str, data_dir: Path, split: str) -> tuple[Split, list[str]]:
                 "right folder with --data_dir, or try --dataset digits, which needs no download"
             )
         raise UserError(problem) from error
+    if border := PUBLISHED[name].border:
+        images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
     return Split(images, np.array(targets)), classes

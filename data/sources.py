@@ -1,7 +1,8 @@
 """What a data set is, the one that ships with the project, and what all sources of data sets need."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,25 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to the pixels that a network is evaluated on. Sizes are (height, width).
+
+    The image as RGB is scaled, with its aspect ratio, until it just covers `resize`; then its center is cropped to
+    `crop`, with black around an image that is smaller. An image of size `crop` that covers `resize` stays as it is.
+
+    Attributes:
+        interpolation, antialias: of the scaling, in torchvision's terms.
+        decoder: "pillow" stands for `data.images.read`.
+    """
+
+    resize: tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    decoder: str = "pillow"
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A data set: as its source gives it, and once `data.load` has split it.
 
@@ -30,6 +50,7 @@ class DataSet:
         val: validation images; None while not split, unless the data set brings its own. With val_size 0 it is `test`.
         mean, std: of each channel, of pixels in 0 .. 1.
         padding: pixels by which a random crop may move an image in memory.
+        border: black pixels on each side of an image in memory that its file does not have.
         flip: an image and its mirror image are of the same class.
         image_size: pixels on each side to which images are cropped that stream from their files; None: all of them are
             in memory, as they are.
@@ -46,6 +67,7 @@ class DataSet:
     flip: bool
     val: Split | None = None
     image_size: int | None = None
+    border: int = 0
     skipped: SkippedImages = field(default_factory=SkippedImages)
 
     @property
@@ -55,6 +77,26 @@ class DataSet:
             return 3, self.image_size, self.image_size
         height, width, channels = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Of streamed images the center seven eighths, 224 pixels of 256, as ImageNet's usual recipe."""
+        _, height, width = self.input_size
+        if self.image_size:
+            return Preprocessing(resize=(round(height * 256 / 224), round(width * 256 / 224)), crop=(height, width))
+        return Preprocessing(resize=(height - 2 * self.border, width - 2 * self.border), crop=(height, width))
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Plain values for the metadata of a network that is trained on it: what its images are, and its answers."""
+        return {
+            "num_classes": len(self.classes),
+            "classes": self.classes,
+            "input_size": list(self.input_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "preprocessing": asdict(self.preprocessing),
+        }
 
 
 def digits() -> DataSet:

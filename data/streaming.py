@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from data.images import DamagedImage, SkippedImages, read
 from data.loader import Normalization, epoch_seed, without_a_small_last
-from data.sources import DataSet, Split
+from data.sources import DataSet, Preprocessing, Split
 from utils.distributed import share, world_size
 from utils.errors import UserError
 from utils.interruption import out_of_reach
@@ -24,9 +24,11 @@ def training_crop(size: int) -> v2.Transform:
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
-def evaluation_crop(size: int) -> v2.Transform:
-    """A PIL image -> (3, size, size) uint8, its center; 224 pixels of 256, as ImageNet's usual recipe."""
-    return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+def evaluation_crop(preprocessing: Preprocessing) -> v2.Transform:
+    """A PIL image -> (3, S, S) uint8, its center."""
+    interpolation = v2.InterpolationMode(preprocessing.interpolation)
+    resize = v2.Resize(preprocessing.resize[0], interpolation, antialias=preprocessing.antialias)  # of the shorter side
+    return v2.Compose([resize, v2.CenterCrop(preprocessing.crop), v2.PILToTensor()])
 
 
 class InOrder:
@@ -176,13 +178,12 @@ def stream(
     dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> tuple[StreamedBatches, StreamedBatches, StreamedBatches]:
     """The batches to train on, to validate on and to test on."""
-    size, common = dataset.image_size, (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
+    common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
     order = Shuffled(len(dataset.train), train_batch_size, seed)
-    train = StreamedBatches(dataset.train, order, training_crop(size), *common, smallest=2)
+    train = StreamedBatches(dataset.train, order, training_crop(dataset.image_size), *common, smallest=2)
+    center = evaluation_crop(dataset.preprocessing)
     shares = (split[share(len(split))] for split in (dataset.val, dataset.test))
-    val, test = (
-        StreamedBatches(split, InOrder(len(split), eval_batch_size), evaluation_crop(size), *common) for split in shares
-    )
+    val, test = (StreamedBatches(split, InOrder(len(split), eval_batch_size), center, *common) for split in shares)
     return train, val, test
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from experiment import study
+from experiment import classify, study
 from tests.helpers import ROOT
 from utils import options
 
@@ -18,6 +18,11 @@ COMMANDS = re.findall(r"^python ((?:main|finetune)\.py .*)$", README, flags=re.M
 def test_commands_of_the_readme_are_accepted(command):
     script, *flags = shlex.split(command)
     options.parse(script.removesuffix(".py"), flags)
+
+
+def test_the_readme_s_way_to_classify_is_accepted():
+    (command,) = re.findall(r"^python experiment/classify\.py (.*)$", README, flags=re.MULTILINE)
+    assert len(classify.parse(shlex.split(command)).images) == 2
 
 
 def test_readme_has_the_commands_of_the_paper_s_repository_to_the_letter():

@@ -3,9 +3,11 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -17,16 +19,17 @@ from torch import nn
 
 import data
 from data.loader import Batches
-from data.sources import Split
+from data.sources import Preprocessing, Split
 from model import build, fused
 from model.conv import Shift2d
 from tests.helpers import ROOT, fail, report_of, succeed
 from tests.helpers import meta as network_meta
-from utils import export
+from utils import checkpoint, export
 from utils.checkpoint import load_student
 from utils.job import Job
 
-META = network_meta(input_size=[3, 16, 16], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+PREPROCESSING = asdict(Preprocessing(resize=(18, 18), crop=(16, 16)))
+META = network_meta(preprocessing=PREPROCESSING, input_size=[3, 16, 16], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
 BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
@@ -127,6 +130,7 @@ def test_an_onnx_file_says_what_it_is():
     assert said["model"] == "resnet_20_sparse"
     for key in ("classes", "accuracy", "input_size", "mean", "std", "pruned_num"):
         assert json.loads(said[key]) == meta[key]
+    assert json.loads(said["preprocessing"]) == meta["preprocessing"] | {"resize": [18, 18], "crop": [16, 16]}
 
 
 def test_a_batch_norm_becomes_part_of_the_convolution_before_it():
@@ -281,9 +285,13 @@ def test_main_does_not_export_what_it_only_tests(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
-    """The folder with a student in all formats, and what was printed."""
+    """The folder with a student in all formats, from a file of an older version, and what was printed."""
     folder = tmp_path_factory.mktemp("exported") / "new" / "job"
-    flags = ("--refine", runs.student_file, "--pruned", "--test_only", "--export", "onnx", "torchscript", "pt2")
+    content = checkpoint.load(runs.student_file)
+    del content["meta"]["preprocessing"]
+    checkpoint.save(folder.parents[1] / "older.pt", content)
+    flags = ("--refine", folder.parents[1] / "older.pt", "--pruned", "--test_only")
+    flags += ("--export", "onnx", "torchscript", "pt2")
     return folder, succeed("finetune.py", *flags, "--job_dir", folder)
 
 
@@ -309,21 +317,24 @@ def test_an_exported_student_is_deployed_without_training(runs, exported):
 
 
 @pytest.mark.slow
-def test_the_readme_s_program_names_the_classes_of_image_files(runs, exported, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    (program,) = [block for block in blocks if "onnxruntime" in block]
-    images = data.load("digits", None, 0).test.images[:12]
-    paths = [tmp_path / f"{i}.png" for i in range(len(images))]
+def test_an_onnx_file_and_a_copy_of_classify_are_all_it_takes_to_classify(runs, exported, tmp_path):
+    """The file's student is of an older version, whose own file says nothing of preprocessing."""
+    for name in ("torch", "torchvision", "tqdm"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    shutil.copy(ROOT / "experiment" / "classify.py", tmp_path)
+    shutil.copy(exported[0] / "resnet_pruned_18.onnx", tmp_path)
+    images = data.load("digits", None, 0).test.images
+    paths = [f"{i}.png" for i in range(len(images))]
     for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, "program.py", exported[0] / "resnet_pruned_18.onnx", *paths]
+        Image.fromarray(image).save(tmp_path / path)
+    command = [sys.executable, "classify.py", "resnet_pruned_18.onnx", *paths]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     network, meta = load_student(runs.student_file)
     logits = answers(network, images.transpose(0, 3, 1, 2) / np.float32(255), meta)
     assert result.stdout.splitlines() == [
         f"{path} {meta['classes'][i]}" for path, i in zip(paths, logits.argmax(1), strict=True)
     ]
+    assert result.stderr == ""
 
 
 FILE = """

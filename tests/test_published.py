@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 import tarfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 import data
+from experiment import classify
 from tests.helpers import make_tree
 from utils.errors import UserError
 
@@ -97,6 +99,9 @@ def test_fashion_mnist_is_read_from_its_own_files(tmp_path, monkeypatch, compres
     pixels = np.pad(written["train"], ((0, 0), (2, 2), (2, 2))) / 255
     assert dataset.mean == pytest.approx([pixels.mean()] * 3, abs=1e-4)
     assert dataset.std == pytest.approx([pixels.std()] * 3, abs=1e-4)
+    for pixels in (written["t10k"][0], dataset.test.images[0]):  # an image file gets the border, unless it has it
+        prepared = classify.prepare(Image.fromarray(pixels).convert("RGB"), asdict(dataset.preprocessing))
+        assert np.array_equal((prepared * 255).round().transpose(1, 2, 0), dataset.test.images[0])
 
 
 def cut(path, keep):

@@ -14,7 +14,7 @@ import data
 from data.folder import folder
 from data.images import SkippedImages
 from data.loader import Normalization, make_loaders
-from data.sources import Split
+from data.sources import Preprocessing, Split
 from data.streaming import InOrder, Shuffled, StreamedBatches, evaluation_crop, training_crop
 from model.online import Students
 from tests.helpers import ROOT, fail, make_tree, report_of, succeed
@@ -120,7 +120,7 @@ def streamed(paths, training=True, batch_size=4, workers=0, seed=0, total=10_000
     """Batches of these files, in which image i is of class i."""
     split = Split(np.array([str(path).encode() for path in paths]), np.arange(len(paths)))
     order = Shuffled(len(paths), batch_size, seed) if training else InOrder(len(paths), batch_size)
-    transform = training_crop(SIZE) if training else evaluation_crop(SIZE)
+    transform = training_crop(SIZE) if training else evaluation_crop(Preprocessing((37, 37), (SIZE, SIZE)))
     normalize = Normalization((0, 0, 0), (1 / 255,) * 3, CPU)
     return StreamedBatches(split, order, transform, normalize, workers, SkippedImages(total), 1 + training)
 

@@ -90,7 +90,8 @@ def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, 
     """An exported network, in eval mode on the CPU, and its metadata.
 
     The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes` and `build` (further keyword arguments
-    of `model.build`); `classes`, `input_size` (C, H, W), `mean` and `std` of the normalization (of pixels in 0 .. 1);
+    of `model.build`); `classes`, `input_size` (C, H, W), `mean` and `std` of the normalization (of pixels in 0 .. 1),
+    `preprocessing` from file to pixels (`data.sources.Preprocessing`; older files lack it);
     `accuracy` (top-1 in %), `networks` (accuracy and cost of every network of the run), the run's `config`, and, of a
     refined student, the configs before it in `history`.
 

@@ -193,6 +193,7 @@ _META = {
     "std": _list_of(_is_number, 3),
     "networks?": _list_of({"name": _is_text, "params": _is_number, "macs": _is_number} | _ACCURACIES),
     "history?": _list_of(_is_dict),
+    "preprocessing?": _is_dict,
     "inputs?": _INPUTS,
     "config": _CONFIG,
 }

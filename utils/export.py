@@ -35,7 +35,9 @@ TOLERANCE = 1e-4  # of the logits
 # Channels of a group from which on a group convolution is fast in ONNX Runtime: with fewer, a wider one is faster.
 WIDE_GROUP = 16
 # What the metadata of an ONNX file says: strings as they are, everything else as JSON.
-METADATA = ("classes", "accuracy", "input_size", "mean", "std", "model", "conv", "groups", "pruned_num")
+METADATA = (
+    "classes", "accuracy", "input_size", "preprocessing", "mean", "std", "model", "conv", "groups", "pruned_num"
+)  # fmt: skip
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "torch_fn")
@@ -175,6 +177,7 @@ def to_onnx(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
     del parts.value_info[:]
     for value in (*parts.input, *parts.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    parts.input[0].doc_string = "RGB in 0 .. 1: the graph itself normalizes, by the metadata's mean and std"
     said = {key: meta[key] for key in METADATA if key in meta}
     said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
     onnx.helper.set_model_props(model, said)
