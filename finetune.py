@@ -73,6 +73,8 @@ def main(args: argparse.Namespace) -> None:
 
     job.open(resumed, trainer.epoch, args.reset)
     job.logger.info(f"refining {args.refine}; {report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
+    for note in report.repeated(dataset):
+        job.logger.info(note)
     if args.resume:
         job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
     if teacher:

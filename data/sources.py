@@ -1,6 +1,8 @@
 """What a data set is, the one that ships with the project, and what all sources of data sets need."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,24 @@ class DataSet:
             return 3, self.image_size, self.image_size
         height, width, channels = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By their names, each once: no validation set that is the test set."""
+        splits = {"training": self.train, "validation": self.val, "test": self.test}
+        return {name: split for name, split in splits.items() if name == "test" or split is not self.test}
+
+    @cached_property
+    def repeated(self) -> dict[str, int]:
+        """How many training images have the pixels of a validation or test image; nothing for those that stream."""
+        if self.image_size:
+            return {}
+        hashes = {
+            name: [hashlib.sha256(image.tobytes()).digest() for image in split.images]
+            for name, split in self.splits.items()
+        }
+        training = hashes.pop("training")
+        return {name: sum(map(set(known).__contains__, training)) for name, known in hashes.items()}
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -375,3 +375,13 @@ def test_streamed_images_are_known_by_their_paths_wherever_the_folder_is(tmp_pat
     (tmp_path / "moved" / "test" / "cat" / "0.png").rename(tmp_path / "moved" / "test" / "cat" / "a.png")
     after = known(tmp_path / "moved")
     assert {name for name in after if after[name] != before[name]} == {"test"}
+
+
+def test_training_images_in_validation_and_test_are_counted(tmp_path):
+    make_tree(tmp_path / "set", splits=("train", "val", "test"), count=3)
+    for source, *copies in (("cat/0", "val/dog/9", "test/cat/7", "test/cat/8"), ("cat/1", "train/dog/9", "test/dog/9")):
+        for copy in copies:  # also twice in a split, and under another class
+            shutil.copy(tmp_path / "set" / "train" / f"{source}.png", tmp_path / "set" / f"{copy}.png")
+    assert data.load("folder", tmp_path / "set", 0.5).repeated == {"validation": 1, "test": 3}
+    assert data.load("folder", tmp_path / "set", 0).repeated == {"test": 3}
+    assert data.load("folder", tmp_path / "set", 0, image_size=32).repeated == {}  # streamed: not in memory

@@ -1,6 +1,8 @@
 """What a report says of numbers that cannot be relied upon."""
 
 import json
+import re
+import shutil
 import time
 
 import numpy as np
@@ -97,10 +99,11 @@ def test_unsteady_latencies_are_marked_and_explained():
 
 @pytest.fixture
 def tree(tmp_path):
-    """Three classes, of which the test set lacks one."""
+    """Three classes, of which the test set lacks one, and has the training images of another."""
     make_tree(tmp_path / "set", classes=("cat", "dog", "eel"), size=(4, 4))
     for image in (tmp_path / "set" / "test" / "eel").iterdir():
         image.unlink()
+    shutil.copytree(tmp_path / "set" / "train" / "dog", tmp_path / "set" / "test" / "dog", dirs_exist_ok=True)
     return tmp_path
 
 
@@ -112,13 +115,16 @@ def student(tree, job, *flags):
 
 
 @pytest.mark.slow
-def test_missing_classes_are_named(tree):
+def test_missing_classes_are_named_and_test_images_that_were_trained_on_counted(tree):
     notes = report_of(student(tree, "job", "--val_size", 2))["notes"]
     text = (tree / "job" / "report.md").read_text()
     assert "No test image is of these classes, about which its accuracies say nothing: eel." in notes
     assert sum("No validation image is of these classes" in note for note in notes) == 1
     assert not any("No training image" in note for note in notes)
     assert all(f"- {note}" in text for note in notes)
+    (repeated,) = [note for note in notes if "training images are pixel by pixel in the test set, too" in note]
+    assert re.match(r"[4-6] of 16 ", repeated)  # of 6 dogs, as validation leaves them
+    assert repeated in (tree / "job" / "logger.log").read_text()
 
 
 @pytest.mark.slow

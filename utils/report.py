@@ -90,7 +90,8 @@ def publish(
     for line in deployment.lines():
         job.logger.info(line)
     table = compare(_with_files(rows, chosen, meta, deployment), dataset.input_size, device)
-    doubts = [*deployment.doubts(), *_skipped(dataset), *_unseen(dataset), *_not_finite(rows), *_unsteady(table)]
+    doubts = [*deployment.doubts(), *_skipped(dataset), *repeated(dataset), *_unseen(dataset)]
+    doubts += [*_not_finite(rows), *_unsteady(table)]
     sentence = tables.verdict(table, chosen, meta) if chosen else ""
     classes = by_class(counts, dataset.classes)
     answers = {"classes": classes, "confusion": counts.tolist() if len(classes) <= MOST_CONFUSED else None}
@@ -207,6 +208,16 @@ def headline(dataset: DataSet) -> str:
     return f"{dataset.name}: {len(dataset.classes)} classes, {counts} training / validation / test images of {size}"
 
 
+def repeated(dataset: DataSet) -> list[str]:
+    """A note for each split with images that were trained on."""
+    return [
+        f"{count:,} of {len(dataset.train):,} training images are pixel by pixel in the {name} set, too: accuracies "
+        "there are in part on images that were trained on."
+        for name, count in dataset.repeated.items()
+        if count
+    ]
+
+
 def _skipped(dataset: DataSet) -> list[str]:
     """A note of the images that could not be read, if there are any."""
     reasons, total = dataset.skipped.reasons, dataset.skipped.total
@@ -219,11 +230,8 @@ def _skipped(dataset: DataSet) -> list[str]:
 
 def _unseen(dataset: DataSet) -> list[str]:
     """A note of each split that lacks images of a class."""
-    splits = {"training": dataset.train, "validation": dataset.val, "test": dataset.test}
-    if dataset.val is dataset.test:
-        del splits["validation"]
     notes = []
-    for name, split in splits.items():
+    for name, split in dataset.splits.items():
         counts = np.bincount(split.targets, minlength=len(dataset.classes))
         if missing := [dataset.classes[i] for i in np.flatnonzero(counts == 0)]:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
