@@ -44,6 +44,10 @@ def main(args: argparse.Namespace) -> None:
     precision = pick_precision(args.precision, device)
     execution = pick_execution(args.compile, device)
     student, source = (checkpoint.load_student if args.pruned else checkpoint.best_student)(args.refine, args.arch)
+    if "ensemble" in source and not args.test_only:
+        raise UserError(
+            f"{args.refine} is an online teacher, which can be evaluated and exported: give --test_only, too"
+        )
     take_from_file(args, source)
     check_teacher(args.arch, args.teacher_model)
     job = Job(args.job_dir, options.configuration(args))
@@ -98,7 +102,8 @@ def export_alone(args: argparse.Namespace, job: Job, student: nn.Module, meta: d
     if not (args.export and job.writes):
         return
     job.make_folder()
-    deployment = export.write(job.export, student, meta, args.export, test)
+    exported = job.export_teacher if "ensemble" in meta else job.export
+    deployment = export.write(exported, student, meta, args.export, test)
     for line in deployment.lines():
         print(line)
     if deployment.failures:

@@ -25,9 +25,9 @@ from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
-from model.online import GatedEnsemble, OnlineTeacher, Students
+from model.online import Students, with_online_teacher
 from utils import checkpoint, distributed, export, inputs, report
-from utils.consistency import settle_main
+from utils.consistency import has_online_teacher, settle_main
 from utils.cost import check_fits, count
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -86,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
 
     trainer.load_best(job)
     found = results(args, trainer, teacher, loaders, dataset)
+    if args.export_teacher:
+        report.publish_teacher(job, found, meta, loaders.test, args.export)
     report.publish(job, found, trainer, meta, dataset, device, loaders.test, args.export)
     job.close()
     distributed.stop()
@@ -134,10 +136,8 @@ def build_learner(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module
 def learner_of(args: argparse.Namespace, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
     """The networks, with the teacher that --method makes of them."""
     check_fits(networks[0], trained_model(args), dataset.input_size, len(dataset.classes))
-    if args.method == "one":
-        return GatedEnsemble(networks)
-    if args.method == "od" and (args.lam or len(networks) > 1):
-        return OnlineTeacher(networks, len(dataset.classes))
+    if has_online_teacher(args):
+        return with_online_teacher(args.method, networks, len(dataset.classes))
     return Students(networks)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.fused import norm_relu
+from utils.errors import UserError
 
 
 class Students(nn.Module):
@@ -22,6 +23,17 @@ class Students(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.stack([student(x) for student in self.students]), None
+
+
+class Ensemble(nn.Module):
+    """The online teacher of trained students as one network, to deploy: (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, learner: Students):
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.learner(x)[1]
 
 
 class OnlineTeacher(Students):
@@ -66,3 +78,16 @@ class GatedEnsemble(Students):
         pooled = torch.cat([f.mean((2, 3)) for f in features], dim=1)
         gate = self.norm(self.fc(pooled)).relu().softmax(dim=1)
         return logits, torch.einsum("bn,nbk->bk", gate, logits)
+
+
+def with_online_teacher(method: str, students: Sequence[nn.Module], num_classes: int) -> Students:
+    """The students with the online teacher that a method makes of them.
+
+    Raises:
+        UserError (a ValueError): the method has none.
+    """
+    if method == "od":
+        return OnlineTeacher(students, num_classes)
+    if method == "one":
+        return GatedEnsemble(students)
+    raise UserError(f"the method '{method}' has no online teacher")

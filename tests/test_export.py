@@ -18,14 +18,17 @@ from PIL import Image
 from torch import nn
 
 import data
+import finetune
+import main
 from data.loader import Batches
 from data.sources import Preprocessing, Split
 from model import build, fused
 from model.conv import Shift2d
 from tests.helpers import ROOT, fail, report_of, succeed
 from tests.helpers import meta as network_meta
-from utils import checkpoint, export
+from utils import checkpoint, export, options
 from utils.checkpoint import load_student
+from utils.errors import UserError
 from utils.job import Job
 
 PREPROCESSING = asdict(Preprocessing(resize=(18, 18), crop=(16, 16)))
@@ -397,3 +400,36 @@ def test_a_run_survives_a_network_that_cannot_be_exported(tmp_path):
     assert any("not exported as pt2" in note for note in report_of(job)["notes"])
     flags = ("--refine", job / "net_pruned_1.pt", "--pruned", "--arch", tmp_path / "net.py", "--test_only")
     assert "not exported as pt2" in fail("finetune.py", *flags, "--export", "pt2", "--job_dir", tmp_path / "other")
+
+
+@pytest.mark.parametrize("method", ["od", "one"])
+def test_the_online_teacher_is_a_network_of_its_own(tmp_path, method, capsys):
+    """Its file gives the test accuracy of the report, is evaluated and exported like a student, and is not refined."""
+    flags = ("--dataset", "digits", "--train_size", 200, "--teacher_model", "resnet_20", "--compile", "off")
+    job, other = tmp_path / "job", tmp_path / "other"
+    flags = (*flags, "--num_epochs", 1, "--num_students", 2, "--method", method, "--export_teacher", "--job_dir", job)
+    main.main(options.parse("main", list(map(str, flags))))
+    file = job / "resnet_teacher_18.pt"
+    network, meta = load_student(file)
+    assert meta["ensemble"] == {"method": method, "num_students": 2}
+    (row,) = (row for row in report_of(job)["networks"] if row["role"] == "online_teacher")
+    assert meta["accuracy"] == {"val": row["val"], "test": row["test"]}
+    assert sum(parameter.numel() for parameter in network.parameters()) == row["params"]
+    assert network(torch.zeros(3, 3, 8, 8)).shape == (3, 10)
+
+    capsys.readouterr()
+    refine = ("--refine", file, "--pruned", "--compile", "off", "--job_dir", other)
+    finetune.main(options.parse("finetune", list(map(str, (*refine, "--test_only", "--export", "onnx")))))
+    output = capsys.readouterr().out
+    assert f"{row['test']:.2f} % on the test set" in output
+    assert "the class that PyTorch finds for each of 360" in output
+    assert [path.name for path in other.iterdir()] == ["resnet_teacher_18.onnx"]
+    with pytest.raises(UserError, match="give --test_only"):
+        finetune.main(options.parse("finetune", list(map(str, refine))))
+
+
+def test_only_a_run_with_an_online_teacher_exports_it(capsys):
+    for flags in (["--pretrain"], ["--method", "dml"], ["--num_students", "1", "--lambda", "0"]):
+        with pytest.raises(SystemExit):
+            options.parse("main", ["--export_teacher", *flags])
+        assert "this run has none" in capsys.readouterr().err

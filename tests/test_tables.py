@@ -10,7 +10,10 @@ META = {"model": "resnet_20_sparse", "conv": "depthwise", "pruned_num": 18, "con
 def table(*tests, onnx=False, **ratios):
     """A standard network and students, of which the last has these ratios; with the given test accuracies."""
     keys = [key for key in tables.COSTS if onnx or not key.startswith("onnx")]
-    rows = [{"name": "a", "test": test, "params": 8, "macs": 4, **dict.fromkeys(keys, 2.0)} for test in tests]
+    rows = [
+        {"name": "a", "role": "student", "test": test, "params": 8, "macs": 4, **dict.fromkeys(keys, 2.0)}
+        for test in tests
+    ]
     for row in rows:
         row |= {key.replace("latency", "spread"): 0.1 for key in keys} | {"ratios": dict.fromkeys(keys, 1.0)}
     rows[-1]["ratios"] |= ratios
@@ -73,7 +76,7 @@ def test_the_sentence_compares_what_is_known(tests, end):
 
 def test_the_sentence_compares_a_refined_student_with_the_one_before():
     rows = table(50.0, 48.0, 49.0)
-    rows[1]["name"] = tables.BEFORE
+    rows[1]["role"] = "before"
     assert tables.verdict(rows, 2, META).endswith(
         "1.00 points less than the standard network, 1.00 points more than before it was refined"
     )
@@ -89,3 +92,21 @@ def test_the_standard_network_and_the_student_stand_side_by_side():
     assert lines[-1].endswith("5,000 bytes | 4.00x smaller |")
     del rows[0]["onnx_bytes"], rows[2]["ratios"]["onnx_bytes"]  # PyTorch cannot export the standard network
     assert tables.deployment_table(rows, 2)[-1] == "| .onnx file | - | 5,000 bytes |  |"
+
+
+def test_classes_are_listed_all_or_the_worst():
+    classes = [{"name": f"c{i}", "images": 10, "accuracy": float(90 - i)} for i in range(4)]
+    classes.append({"name": "unseen", "images": 0, "accuracy": None})
+    lines = tables.class_table(classes, most=5, worst=2)
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| c0", "| c1", "| c2", "| c3"]
+    lines = tables.class_table(classes, most=4, worst=2)
+    assert lines[2:] == ["| c3 | 10 | 87.00 |", "| c2 | 10 | 88.00 |"]
+    assert "2 worst of 5 classes" in lines[0]
+
+
+def test_top_5_has_columns_where_it_is_known():
+    row = {"name": "a", "params": 1, "macs": 1, "val": 50.0, "test": 51.0}
+    assert "top-5" not in "".join([*tables.accuracy_table([row]), tables.summary([row])])
+    row |= {"val_top5": 80.0, "test_top5": 81.0}
+    assert tables.accuracy_table([row])[-1] == "| a | 50.00 | 80.00 | 51.00 | 81.00 |"
+    assert "81.00" in tables.summary([row])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data.sources import DataSet
 from model import build, check_architecture
 from model.external import is_file
+from model.online import Ensemble, with_online_teacher
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -93,7 +94,8 @@ def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, 
     of `model.build`); `classes`, `input_size` (C, H, W), `mean` and `std` of the normalization (of pixels in 0 .. 1),
     `preprocessing` from file to pixels (`data.sources.Preprocessing`; older files lack it);
     `accuracy` (top-1 in %), `networks` (accuracy and cost of every network of the run), the run's `config`, and, of a
-    refined student, the configs before it in `history`.
+    refined student, the configs before it in `history`. A file of --export_teacher gives the online teacher as one
+    network; its metadata also has `ensemble`, the `method` that made it and its `num_students`.
 
     Args:
         arch: the Python file that builds the network, for one that a Python file built: no code runs that only the
@@ -271,12 +273,17 @@ def _restore(
     path: Path, weights: dict[str, Tensor], meta: dict[str, Any], arch: str | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     meta = with_code(path, meta, arch)
+    ensemble = meta.get("ensemble")
+    count = ensemble["num_students"] if ensemble else 1
     specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
 
     def builder() -> nn.Module:
         try:
             check_architecture(meta["arch"], meta["model"])
-            return build(meta["model"], **specification, **meta.get("build", {}))
+            networks = [build(meta["model"], **specification, **meta.get("build", {})) for _ in range(count)]
+            if not ensemble:
+                return networks[0]
+            return Ensemble(with_online_teacher(ensemble["method"], networks, meta["num_classes"]))
         except Exception as error:  # whatever is wrong with what the file says
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 

@@ -15,10 +15,10 @@ def check(script: str, args: argparse.Namespace) -> None:
         for flag in ("refine", "pruned"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} belongs to finetune.py: main.py trains students from the start")
-        if args.test_only and args.export:
+        if args.test_only and (args.export or args.export_teacher):
             raise UserError(
-                "main.py --test_only writes nothing: leave out --export, or export a student with finetune.py --refine "
-                "FILE --pruned --test_only --export"
+                "main.py --test_only writes nothing: leave out --export and --export_teacher, or export a student with "
+                "finetune.py --refine FILE --pruned --test_only --export"
             )
     if args.resume and args.reset:
         raise UserError("--resume continues a run and --reset deletes it: give one of them")
@@ -89,6 +89,11 @@ def _settle_common(args: argparse.Namespace) -> None:
         args.lr_decay_step = [max(1, args.num_epochs // 2), max(1, args.num_epochs * 3 // 4)]
 
 
+def has_online_teacher(args: argparse.Namespace) -> bool:
+    """Whether an online teacher is trained: one student that learns nothing from it (--lambda 0) needs none."""
+    return args.method == "one" or (args.method == "od" and (args.lam > 0 or args.num_students > 1))
+
+
 def _settle_method(args: argparse.Namespace) -> None:
     name, method = args.method, METHODS[args.method]
     if not method.lam:
@@ -108,6 +113,8 @@ def _settle_method(args: argparse.Namespace) -> None:
         args.miu = 1.0 if args.teacher_dir and method.pretrained else 0.0
     if args.rampup_epochs is None:
         args.rampup_epochs = method.rampup * args.num_epochs
+    if args.export_teacher and not has_online_teacher(args):
+        raise UserError("--export_teacher exports the online teacher, and this run has none: leave it out")
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], message: str) -> None:

@@ -39,6 +39,10 @@ def find_fault(content: dict[str, Any]) -> str | None:
         return "meta.num_classes"
     if not normalization.is_plausible(meta["mean"], meta["std"]):
         return "meta.mean or meta.std"
+    if "ensemble" in meta:
+        students = {key.split(".")[2] for key in content.get("state_dict", {}) if key.startswith("learner.students.")}
+        if len(students) != meta["ensemble"]["num_students"]:
+            return "meta.ensemble"
     if content["kind"] == CHECKPOINT:
         students = len({key.split(".")[1] for key in content["model"] if key.startswith("students.")})
         scores = (content["scores"] or {}).values()
@@ -193,6 +197,7 @@ _META = {
     "std": _list_of(_is_number, 3),
     "networks?": _list_of({"name": _is_text, "params": _is_number, "macs": _is_number} | _ACCURACIES),
     "history?": _list_of(_is_dict),
+    "ensemble?": {"method": _is_text, "num_students": _is_count},
     "preprocessing?": _is_dict,
     "inputs?": _INPUTS,
     "config": _CONFIG,

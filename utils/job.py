@@ -37,6 +37,7 @@ class Job:
         self.last = folder / LAST
         self.best = folder / BEST
         self.export = folder / export_name(config)
+        self.export_teacher = folder / export_name(config, "teacher")
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
@@ -132,12 +133,13 @@ class Job:
 
     def _files(self) -> set[Path]:
         """What a run writes, tensorboard aside; with the network that the run here before exported."""
-        exported = {self.export}
+        exported = {self.export, self.export_teacher}
         files = {self.config, self.log_file, self.metrics, self.last, self.best}
         files |= {self.report, self.report_json, self.curves}
         if earlier := self._earlier_config():
             with suppress(KeyError, TypeError):
-                exported.add(self.folder / Path(export_name(earlier)).name)
+                for network in ("pruned", "teacher"):
+                    exported.add(self.folder / Path(export_name(earlier, network)).name)
         return files | exported | {deployed(path, form) for path in exported for form in FORMATS}
 
     def _earlier_config(self) -> dict[str, Any] | None:
@@ -185,11 +187,11 @@ class Job:
         self.lock.release()
 
 
-def export_name(config: dict[str, Any]) -> str:
-    """File name of the network that a run exports."""
+def export_name(config: dict[str, Any], network: str = "pruned") -> str:
+    """File name of the best student that a run exports, or of its online teacher ("teacher")."""
     if config["pretrain"]:
         return f"{config['teacher_model']}.pt"
-    return f"{Path(config['arch']).stem}_pruned_{config['pruned_num']}.pt"
+    return f"{Path(config['arch']).stem}_{network}_{config['pruned_num']}.pt"
 
 
 def deployed(exported: Path, form: str) -> Path:

@@ -22,7 +22,7 @@ from utils.methods import METHODS
 FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its files
 
 # Flags that steer how a run is carried out, not what it computes: no part of its recorded configuration.
-RUN_CONTROL = ("resume", "reset", "test_only", "force", "export", "typed")
+RUN_CONTROL = ("resume", "reset", "test_only", "force", "export", "export_teacher", "typed")
 # Flags that may differ on resume because they do not change what is computed. (The number of epochs shapes a cosine
 # schedule: there it is fixed. The teacher and the refined student are compared by their weights.)
 MAY_CHANGE = {
@@ -319,6 +319,11 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         metavar="FORMAT",
         help="also write the exported network as onnx, torchscript or pt2 (torch.export), ready to deploy; with "
         "finetune.py --test_only, the student as it is",
+    )
+    add(
+        "--export_teacher",
+        action="store_true",
+        help="main.py: also export the online teacher, all students with the head on their features, as one network",
     )
     add("--test_only", action="store_true", help="evaluate on the test set; train and write nothing")
     add("--pretrain", action="store_true", help="main.py: train the standard network alone, to be a teacher")

@@ -13,6 +13,7 @@ from torch import nn
 
 from data.loader import Batches
 from data.sources import DataSet
+from model.online import Ensemble
 from utils import checkpoint, export, tables
 from utils.cost import Cost, forward_pass, latency
 from utils.curves import draw_curves
@@ -82,8 +83,7 @@ def publish(
     if not job.writes:
         return
     chosen = next(i for i, row in enumerate(rows) if row.network is best)
-    networks = [{"name": row.name, "role": row.role, **row.cost._asdict(), **_accuracies(row)} for row in rows]
-    meta = meta | {"accuracy": _accuracies(rows[chosen]), "networks": networks}
+    meta = described(meta, rows, rows[chosen])
     checkpoint.export(job.export, best, meta)
     draw_curves(job, trainer.best, rows[0].val.top1 if chosen and rows[0].val else None)
     deployment = export.write(job.export, best, meta, formats, test)
@@ -101,6 +101,28 @@ def publish(
     _write(job, table, chosen, sentence, answers, deployment, doubts, trainer, meta, dataset, device)
     printed = [tables.summary(table), *filter(None, [sentence]), f"exported {job.export}; more in {job.report}"]
     job.logger.info("\n" + "\n\n".join(printed))
+
+
+def publish_teacher(job: Job, results: Results, meta: dict[str, Any], test: Batches, formats: Sequence[str]) -> None:
+    """Export the online teacher as one network, in the file of this program and in the other `formats`."""
+    if not job.writes:
+        return
+    (row,) = (row for row in results.rows if row.role == "online_teacher")
+    ensemble = {"method": meta["config"]["method"], "num_students": len(row.network.students)}
+    meta = described(meta, results.rows, row) | {"ensemble": ensemble}
+    network = Ensemble(row.network)
+    checkpoint.export(job.export_teacher, network, meta)
+    for line in (
+        f"exported {job.export_teacher}, the online teacher",
+        *export.write(job.export_teacher, network, meta, formats, test).lines(),
+    ):
+        job.logger.info(line)
+
+
+def described(meta: dict[str, Any], rows: Sequence[Row], exported: Row) -> dict[str, Any]:
+    """The metadata of an exported network: that of the run, with the accuracies and costs of its networks."""
+    networks = [{"name": row.name, "role": row.role, **row.cost._asdict(), **_accuracies(row)} for row in rows]
+    return meta | {"accuracy": _accuracies(exported), "networks": networks}
 
 
 def _with_files(rows: Sequence[Row], chosen: int, meta: dict[str, Any], deployment: export.Deployment) -> list[Row]:
