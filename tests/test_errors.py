@@ -62,3 +62,38 @@ errors.run_script(lambda: main.main(args))
     assert result.returncode == 2, result.stderr
     assert "error: out of memory" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+STEP = """
+import utils
+import torch
+from torch import nn
+
+network = nn.Conv2d(3, 16, 3).to(memory_format=torch.channels_last)
+network(torch.randn(32, 3, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "threads"), [("DYNAMIC", "true", 2), ("MAX_ACTIVE_LEVELS", "0", 2), ("THREAD_LIMIT", "1", 1)]
+)
+def test_settings_of_openmp_do_not_make_training_wait_forever(name, value, threads):
+    result = subprocess.run(
+        [sys.executable, "-c", STEP],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "2", f"OMP_{name}": value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout == f"{threads}\n"
+
+
+def test_an_older_python_is_refused_in_one_line():
+    code = "import sys; sys.version_info = (3, 9, 18); import utils"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("error: Python 3.10 or newer is needed")

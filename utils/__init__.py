@@ -1,1 +1,24 @@
 """What the scripts are made of: flags, losses, the loop, files, reports."""
+
+import os
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036, whoever has an older one is told so
+    print(f"error: Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _start_all_threads() -> None:
+    """Undo settings that make OpenMP start fewer threads than it announces: oneDNN would wait forever for the others.
+
+    This comes before torch is imported because OpenMP reads them when it is loaded.
+    """
+    for name in ("OMP_DYNAMIC", "OMP_MAX_ACTIVE_LEVELS"):
+        os.environ.pop(name, None)
+    limit, threads = (os.environ.get(name, "").split(",")[0] for name in ("OMP_THREAD_LIMIT", "OMP_NUM_THREADS"))
+    os.environ.pop("OMP_THREAD_LIMIT", None)
+    if limit.isdecimal() and 0 < int(limit) < int(threads if threads.isdecimal() else os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = limit
+
+
+_start_all_threads()
