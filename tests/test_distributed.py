@@ -21,6 +21,7 @@ from tests.helpers import ROOT, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
 from utils.engine import Trainer
+from utils.errors import UserError
 
 
 def normalize(norm, x):
@@ -94,6 +95,34 @@ def test_a_step_of_many_processes_is_that_of_one_on_the_whole_batch(tmp_path, co
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1e-3)
         torch.testing.assert_close(result[name].to(value) / scale, value / scale, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "", "LOCAL_RANK": "0"}, "RANK is ''"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused(monkeypatch, variables, named):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{named}.* with torchrun, or unset WORLD_SIZE"):
+        distributed.start(torch.device("cpu"))
+
+
+def test_variables_of_one_process_need_no_torchrun(monkeypatch):
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    device = torch.device("cpu")
+    assert distributed.start(device) == device
+    with distributed.first_on_each_machine():
+        pass
+    assert options.resume_command()
 
 
 FLAGS = ("--dataset", "digits", "--teacher_model", "resnet_20", "--device", "cpu", "--precision", "fp32")

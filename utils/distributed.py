@@ -30,11 +30,12 @@ def start(device: torch.device) -> torch.device:
     """Meet the other processes, if there are any, and return the device that is this one's.
 
     Raises:
-        UserError: there are more processes than devices, or they do not meet.
+        UserError: there are more processes than devices, they do not meet, or torchrun did not start them.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if dist.is_initialized() or "WORLD_SIZE" not in os.environ or _variable("WORLD_SIZE") == 1:
         return device
-    local_rank = int(os.environ["LOCAL_RANK"])
+    _variable("RANK")  # torch would report it in its own words
+    local_rank = _variable("LOCAL_RANK")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPU(s): lower --nproc_per_node of torchrun")
@@ -52,6 +53,20 @@ def start(device: torch.device) -> torch.device:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run do not meet: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _variable(name: str) -> int:
+    """A number that torchrun puts into the environment.
+
+    Raises:
+        UserError: it is missing, or not a number.
+    """
+    value = os.environ.get(name)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        fault = "is not set, but WORLD_SIZE is" if value is None else f"is '{value}', not a number"
+        raise UserError(f"{name} {fault}: start one of many processes with torchrun, or unset WORLD_SIZE") from None
 
 
 def total(values: Tensor) -> Tensor:
@@ -104,7 +119,7 @@ def share(count: int) -> slice:
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
     """The first process of a machine goes first, so that the others find what it downloaded, decoded or compiled."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = world_size() == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         wait_for_all()
     try:

@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 def exit_with(error: object) -> NoReturn:
     """Say in one line on stderr what is wrong and end the process with code 2."""
-    rank = os.environ.get("RANK", "0")  # of a process that torchrun started
+    rank = os.environ.get("RANK") or "0"  # of a process that torchrun started
     start = "error:" if rank == "0" else f"error (process {rank}):"
     print(start, " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)

@@ -117,7 +117,7 @@ def parse(script: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
             settle_main(args)
     except UserError as error:
         parser.error(str(error))
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun runs the command again after a process died
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"):  # torchrun starts it again: a process died
         args.reset = False
         if not args.resume or (args.job_dir / LAST).exists():
             args.resume = RESUME_LAST
@@ -420,9 +420,9 @@ def take_from_run(args: argparse.Namespace, config: dict[str, Any], source: Path
 
 def resume_command() -> str:
     """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
-    words, processes = sys.orig_argv[1:], os.environ.get("LOCAL_WORLD_SIZE")
-    if processes:  # one of torchrun's
-        machines = os.environ["GROUP_WORLD_SIZE"]
+    words, machines = sys.orig_argv[1:], os.environ.get("GROUP_WORLD_SIZE")
+    if machines:  # one of torchrun's
+        processes = os.environ["LOCAL_WORLD_SIZE"]
         words = ["-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={processes}", *sys.argv]
     kept = []
     for before, word in pairwise(["", *words]):
