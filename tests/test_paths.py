@@ -128,3 +128,14 @@ def test_names_that_are_not_utf_8_can_be_written(tmp_path):
     with atomic_write(tmp_path / "report.md", "w") as file:
         file.write(os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == r"caf\udce9"
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "file/report.md"], ids=["too long", "no folder"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
+    """The temporary file beside it, which cannot be deleted either, is not mentioned."""
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*: (File name too long|Not a directory)"),
+        atomic_write(tmp_path / name),
+    ):
+        raise AssertionError("it was opened")

@@ -30,7 +30,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses to delete even what is not there
+            temporary.unlink()
 
 
 def atomic_copy(source: Path, target: Path) -> None:
