@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from utils.interruption import interruption
+
 # What the machine refuses to do is not a bug of ours either: no permission, no space, no such name possible.
 REFUSALS = {
     getattr(errno, name)
@@ -59,3 +61,5 @@ def run_script(main: Callable[[], None]) -> None:
         if str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
             exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
         raise
+    finally:
+        interruption.ignore_first()

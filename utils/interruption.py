@@ -1,16 +1,18 @@
-"""SIGINT (Ctrl-C) and SIGTERM end a process in order: one line that says what holds, and exit code 130 or 143."""
+"""Signals end a process in order: one line that says what is saved, and exit code 128 + the signal's number."""
 
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUESTS = (signal.SIGINT, signal.SIGTERM)  # of people: Ctrl-C, kill
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of terminals, schedulers and limits
+SIGNALS = REQUESTS + WARNINGS
 ECHO = 0.2  # seconds in which the same signal once more is the same request: `timeout` sends every signal twice
 
 
@@ -29,28 +31,41 @@ class Interruption:
         self._received_at = 0.0
 
     def catch(self) -> None:
-        """Handle the signals from here on."""
+        """Handle the signals from here on, but for warnings that are ignored, as by nohup."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if number in REQUESTS or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == self.pending and time.monotonic() - self._received_at < ECHO:
-            return
-        if self.pending:  # the second signal: no more patience
+        if not self.pending:
+            self.pending, self._received_at = number, time.monotonic()
+            if not self._deferred:
+                self.end()
+        elif self._is_impatience(number):
             os._exit(128 + number)
-        self.pending, self._received_at = number, time.monotonic()
-        if not self._deferred:
-            self.end()
+
+    def _is_impatience(self, number: int) -> bool:
+        """Whether a further signal means that the process is to end at once.
+
+        torchrun sends the signals that it gets on to its processes, which may have had them already, and those that do
+        not end in time it kills. A limit of CPU time is signaled every second.
+        """
+        echo = number == self.pending and time.monotonic() - self._received_at < ECHO
+        return number in REQUESTS and not echo and "TORCHELASTIC_RUN_ID" not in os.environ
 
     def end(self) -> NoReturn:
         """Print the line and raise SystemExit."""
         start = "\n" if sys.stderr.isatty() else ""  # below the progress bar, or the ^C that the terminal shows
         line = f"{start}interrupted by {signal.Signals(self.pending).name}: {self.message}\n"
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-            os.write(
-                2, line.encode(errors="surrogateescape")
-            )  # a signal may come while Python's own buffers are in use
+        if (os.environ.get("RANK") or "0") == "0":  # of the processes that torchrun started, one speaks
+            with suppress(OSError):  # the terminal may be closed
+                # A signal may come while Python's own buffers are in use.
+                os.write(2, line.encode(errors="surrogateescape"))
         sys.exit(128 + self.pending)
+
+    def ignore_first(self) -> None:
+        """From here on the process is ending: a signal changes nothing, and a second one ends it at once."""
+        self._deferred = True
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -70,9 +85,10 @@ def out_of_reach() -> Iterator[None]:
 
     They get what the whole process group gets, and would die with a traceback before this process is done with them.
     """
-    resource_tracker.ensure_running()  # multiprocessing would start it, and thereby unblock the signals
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # multiprocessing would start it, and thereby unblock SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
