@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -119,7 +120,7 @@ class Trainer:
         """One pass over `batches`, or the rest of one; waits for the device every print_freq steps, to save, and last.
 
         Args:
-            meta: of the checkpoints within the epoch; without it there are none.
+            meta: of the checkpoints within the epoch and after its last step; without it there are none.
 
         Returns:
             Scores averaged over the images, each as it was in its own step; the losses are "total" and its terms.
@@ -145,17 +146,18 @@ class Trainer:
                     bar.set_postfix(loss=loss)
                     if bar.disable and progress.steps < steps:
                         job.logger.info(f"{title}, step {progress.steps}/{steps}: loss {loss}")
-                if signal := distributed.largest(interruption.pending):
-                    interruption.pending = signal  # to all processes at the same step
-                if meta and (interruption.pending or time.monotonic() - self.saved_at >= self.save_every):
+                interrupted = _interrupted()
+                if meta and (interrupted or time.monotonic() - self.saved_at >= self.save_every):
                     self._settle(steps, job)
                     self._save_last(job, meta, progress.state_dict(batches.position, self.device))
-                    if interruption.pending:
+                    if interrupted:
                         saved = f"{title}, step {progress.steps}/{steps} is saved"
                         interruption.message = f"{saved}; {job.how_to_go_on}"
                         interruption.end()
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
+        if meta:  # evaluation may take longer than a scheduler waits after its signal
+            self._save_last(job, meta, progress.state_dict(batches.position, self.device))
         self.progress = Progress()
         losses = progress.average_losses()
         return {
@@ -179,7 +181,7 @@ class Trainer:
     def fit(
         self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], keep_initial: bool = False
     ) -> None:
-        """Train from where the run is to the last epoch, with a checkpoint after each, and within them as flags say.
+        """Train from where the run is to the last epoch; save before and after each evaluation, and as flags say.
 
         Args:
             meta: goes into every checkpoint; says how to build a student.
@@ -192,18 +194,23 @@ class Trainer:
         self._counted_at = time.perf_counter()
         with interruption.deferred():
             if keep_initial and self.best is None:
-                self.scores = evaluate(self.learner, val)
+                self._save_last(job, meta)  # model_best.pt alone would be no run to resume
+                self.scores = self._evaluate(val)
                 if not all(map(math.isfinite, flatten(self.scores).values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
             self.saved_at = time.monotonic()
-            while self.epoch < self.num_epochs and not distributed.largest(interruption.pending):
+            while self.epoch < self.num_epochs and not _interrupted():
                 epoch_started, images = time.perf_counter(), train.num_images - self.progress.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
                 speed = images / (time.perf_counter() - epoch_started)
-                self.scores = evaluate(self.learner, val)
+                interruption.message = (
+                    f"epoch {self.epoch}/{self.num_epochs} is saved, not evaluated; {job.how_to_go_on}"
+                )
+                self.scores = self._evaluate(val)
+                interruption.message = job.how_to_go_on
                 rate = self.schedule.rate(self.epoch)
                 self._check_finite(flatten(self.scores), "on the validation set", rate, job)
 
@@ -220,6 +227,17 @@ class Trainer:
             self._count_seconds()
             if self.epoch == self.num_epochs:
                 interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
+
+    def _evaluate(self, val: Batches) -> Scores:
+        """Scores on the validation set.
+
+        Raises:
+            SystemExit: a signal asked for it.
+        """
+        scores = evaluate(self.learner, _until_interrupted(val))
+        if _interrupted():
+            interruption.end()
+        return scores
 
     def _begin_epoch(self, train: AugmentedBatches) -> None:
         """Go to the next epoch, or back into the one that a resumed run had begun."""
@@ -330,6 +348,20 @@ class Trainer:
                 f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
                 "lower --lr, --lambda or --miu, raise --warmup_epochs, or try --precision fp32"
             )
+
+
+def _interrupted() -> bool:
+    """Whether a signal has reached any process: all of them see it at the same point."""
+    if signal := distributed.largest(interruption.pending):
+        interruption.pending = signal
+    return bool(signal)
+
+
+def _until_interrupted(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch
+        if interruption.pending:
+            return
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> str:
