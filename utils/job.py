@@ -43,9 +43,10 @@ class Job:
         self.curves = folder / "curves.png"
         self.lock = Lock(folder / "lock")
         self.writes = distributed.rank() == 0  # of all processes of a run, one does
+        self._seen: dict[Path, tuple[int, ...]] | None = None
 
     def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
-        """The checkpoint that --resume means; None without it, or if it is bare and there is none yet.
+        """The checkpoint that --resume means; None without it, or if it is bare and nothing was trained yet.
 
         Args:
             inputs: files and folders that the run reads, which --reset must not delete.
@@ -54,6 +55,7 @@ class Job:
             UserError: the folder cannot be written, is in use, holds a run that is neither resumed nor reset, or an
                 input, or files of these names that are not a run's; --reset would delete behind a symbolic link.
         """
+        self._check_kinds()
         if self.writes:
             self.lock.check()
         doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
@@ -69,16 +71,45 @@ class Job:
             )
         if reset and (linked := [path for path in existing if not self._is_inside(path)]):
             raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
-        held = [path for path in (self.last, self.best, self.export, self.report_json) if path.exists()]
+        # A run that was killed before it had trained anything leaves flags, a log and an empty record.
+        held = [path for path in existing if path not in (self.config, self.log_file) and path.stat().st_size]
         if held and not (own or reset):
             raise UserError(
                 f"{self.folder} already holds a run ({held[0].name}): continue it with --resume, delete it with "
                 "--reset, or choose another --job_dir"
             )
-        parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"--job_dir {self.folder} cannot be written: {parent} is not a writable folder")
-        return None if resume == RESUME_LAST and not self.last.exists() else resumed
+        if held and resumed == self.last and not self.last.exists():
+            best = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
+            raise UserError(
+                f"{self.folder} holds a run ({held[0].name}) without its {self.last.name}: {best}delete it with "
+                "--reset, or choose another --job_dir"
+            )
+        resumed = None if resume == RESUME_LAST and not self.last.exists() else resumed
+        self._seen = self._stamps(resumed)
+        return resumed
+
+    def _check_kinds(self) -> None:
+        """Raise a UserError for a folder in a file's place, or the reverse, and where no folder can be made."""
+        for path in (*self._files(), self.lock.path):
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is not a file: delete it, or choose another --job_dir")
+        for folder in (self.folder, self.last.parent, *(self.events / phase for phase in PHASES)):
+            parent = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                fault = "is not a writable folder" if parent.exists() else "is a symbolic link to nothing"
+                raise UserError(f"--job_dir {self.folder} cannot be written: {parent} {fault}")
+
+    def _check_unchanged(self, resumed: Path | None) -> None:
+        """Raise a UserError if another run wrote to the files here, or to `resumed`, since they were checked."""
+        now = self._stamps(resumed)
+        if self._seen is not None and (changed := sorted(path for path, _ in self._seen.items() ^ now.items())):
+            self.lock.release()
+            raise UserError(f"another run has written {changed[0]} meanwhile: look at it, and start this one again")
+
+    def _stamps(self, resumed: Path | None) -> dict[Path, tuple[int, ...]]:
+        """What changes when another run writes to its files, or to the checkpoint that this one reads."""
+        stats = {path: path.stat() for path in (*self._files(), *filter(None, [resumed])) if path.exists()}
+        return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     @property
     def how_to_go_on(self) -> str:
@@ -98,7 +129,7 @@ class Job:
         resumed from another job's checkpoint takes over that, its record and its best epoch.
 
         Raises:
-            UserError: the folder cannot be written, or is in use.
+            UserError: the folder cannot be written, is in use, or another run wrote to it since it was checked.
         """
         if not self.writes:
             self.logger = _silent_logger()
@@ -109,6 +140,7 @@ class Job:
             with interruption.deferred():
                 self.last.parent.mkdir(parents=True, exist_ok=True)
                 self.lock.acquire()
+                self._check_unchanged(resumed)
                 interruption.message = self.how_to_go_on
                 self._clear(everything=reset)
                 with atomic_write(self.config, "w") as file:
@@ -164,9 +196,14 @@ class Job:
                 events.unlink()
 
     def add_metrics(self, epoch: int, lr: float, train: dict[str, Any], val: dict[str, Any]) -> None:
-        """Append an epoch to metrics.jsonl and its scalars to tensorboard."""
+        """Append an epoch to metrics.jsonl and its scalars to tensorboard.
+
+        Raises:
+            UserError: another run has taken over the folder.
+        """
         if not self.writes:
             return
+        self.lock.check_held()
         line = {"epoch": epoch, "lr": lr, "train": train, "val": val}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
