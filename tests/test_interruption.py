@@ -22,7 +22,7 @@ from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
 from utils import options
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.lock import Lock
+from utils.lock import FRESH, Lock
 
 SMALL = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_students", 2, "--train_batch_size", 32)
 SMALL += ("--num_epochs", 2, "--lr", 0.05)
@@ -132,6 +132,43 @@ def test_interrupted_run_goes_on_with_the_command_that_it_prints(whole, tmp_path
 
 
 @pytest.mark.slow
+def test_signal_during_an_evaluation_loses_nothing(tmp_path):
+    """Neither does SIGKILL then: last.pt has the whole epoch, and the evaluation follows when the run is resumed."""
+    flags = (*SMALL, "--train_size", 64, "--val_size", 800, "--eval_batch_size", 1, "--num_epochs", 1)
+    succeed("main.py", *flags, "--job_dir", tmp_path / "whole")
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        job = tmp_path / number.name
+        last = job / "checkpoint" / "last.pt"
+        run = Run("main.py", *flags, "--job_dir", job)
+        while not last.exists():
+            assert run.process.poll() is None, run.process.stderr.read()
+            time.sleep(0.01)
+        returncode, stderr = run.end(number)
+        assert returncode == code, stderr
+        saved = load_checkpoint(last)
+        assert (saved["epoch"], saved["progress"]["sizes"].tolist(), saved["scores"]) == (0, [32, 32], None)
+        assert not (job / "checkpoint" / "model_best.pt").exists()
+        assert "resuming after epoch 0 and 2 steps" in succeed("main.py", *flags, "--resume", "--job_dir", job)
+        assert_same_run(tmp_path / "whole", job)
+    assert one_line(stderr).startswith("interrupted by SIGTERM: epoch 1/1 is saved, not evaluated; continue")
+
+
+@pytest.mark.slow
+def test_finetune_killed_before_its_first_epoch_was_done_can_be_resumed(runs, tmp_path):
+    """The student that it started from may be the best, and is evaluated again."""
+    job = tmp_path / "job"
+    last = job / "checkpoint" / "last.pt"
+    run = Run("finetune.py", *runs.refine_flags, "--job_dir", job)
+    while not last.exists():
+        assert run.process.poll() is None, run.process.stderr.read()
+        time.sleep(0.01)
+    run.end(signal.SIGKILL)
+    assert load_checkpoint(last)["epoch"] == 0
+    succeed("finetune.py", *runs.refine_flags, "--resume", "--job_dir", job)
+    assert_same_run(runs.refined, job)
+
+
+@pytest.mark.slow
 def test_command_to_go_on_after_a_run_resumed_from_a_file(whole, tmp_path):
     """The file's checkpoint is taken over at once: the job_dir's own is what a bare --resume finds from then on."""
     job, source = tmp_path / "job", whole / "checkpoint" / "last.pt"
@@ -183,7 +220,8 @@ def test_interrupted_streaming_run_and_its_workers_end_quietly_and_can_be_resume
     succeed("main.py", *flags, "--job_dir", tmp_path / "whole")
     run = Run("main.py", *flags, "--print_freq", 1, "--job_dir", tmp_path / "job")
     run.wait_for("epoch 1/1, step 12/45")
-    returncode, stderr = run.end(signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGINT)
+    returncode, stderr = run.end(signal.SIGUSR1)  # a scheduler's warning changes nothing
     assert returncode == 130, stderr
     one_line(stderr)
     progress = load_checkpoint(tmp_path / "job" / "checkpoint" / "last.pt")["progress"]
@@ -209,20 +247,64 @@ print("not reached")
 """
 
 
-@pytest.mark.parametrize(
-    ("second", "code", "output", "error"),
-    [
-        ((), 143, "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"),
-        (("SIGTERM",), 143, "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"),
-        (("SIGINT",), 130, "still here\n", ""),
-    ],
-)
-def test_deferred_signal_waits_and_a_second_one_does_not(second, code, output, error):
-    """An echo of the first is not a second one."""
-    result = subprocess.run(
-        [sys.executable, "-c", PATIENT, *second], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (code, output, error)
+def run_code(code, *words, **environment):
+    """(exit code, standard output, standard error) of a few lines of Python."""
+    command = [sys.executable, "-c", code, *words]
+    environment = os.environ | environment
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("second", [(), ("SIGTERM",), ("SIGXCPU", "SIGXCPU"), ("SIGHUP",)])
+def test_deferred_signal_waits(second):
+    """An echo of the first is not a second one, and neither are the warnings of schedulers."""
+    output, error = "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"
+    assert run_code(PATIENT, *second) == (143, output, error)
+
+
+def test_second_signal_ends_a_process_at_once():
+    assert run_code(PATIENT, "SIGINT") == (130, "still here\n", "")
+
+
+def test_signal_that_torchrun_relays_is_no_second_one():
+    code, output, _ = run_code(PATIENT, "SIGINT", TORCHELASTIC_RUN_ID="none")
+    assert (code, output) == (143, "still here\nuntil the end\n")
+
+
+CAUGHT = """
+import os, signal, sys
+from utils.interruption import interruption
+
+if "ignored" in sys.argv:
+    signal.signal(getattr(signal, sys.argv[1]), signal.SIG_IGN)
+interruption.catch()
+os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+print("not interrupted")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_warnings_of_schedulers_end_a_process_in_order_unless_ignored(name):
+    error = f"interrupted by {name}: nothing was changed\n"
+    assert run_code(CAUGHT, name) == (128 + getattr(signal, name), "", error)
+    assert run_code(CAUGHT, name, "ignored") == (0, "not interrupted\n", "")
+
+
+ENDING = """
+import atexit, os, signal
+from utils.errors import exit_with, run_script
+from utils.interruption import interruption
+
+interruption.catch()
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+run_script({})
+"""
+
+
+@pytest.mark.parametrize(("main", "expected"), [("lambda: None", (0, "")), ("lambda: exit_with(1)", (2, "error: 1\n"))])
+def test_signal_while_a_process_ends_changes_nothing(main, expected):
+    code, _, error = run_code(ENDING.format(main))
+    assert (code, error) == expected
 
 
 @pytest.mark.parametrize(
@@ -282,13 +364,64 @@ def test_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     lock.release()
 
 
-def test_lock_of_another_host_is_respected(tmp_path):
+def age(path, seconds):
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_lock_of_another_host_is_respected_while_it_is_fresh(tmp_path):
     lock = Lock(tmp_path / "lock")
     write_owner(lock.path, pid=7, host="elsewhere")
     for claim in (lock.check, lock.acquire):
         with pytest.raises(UserError, match=f"process 7 on elsewhere, .*if that process is gone, delete {lock.path}"):
             claim()
     assert json.loads(lock.path.read_text())["host"] == "elsewhere"
+    age(lock.path, FRESH + 1)
+    lock.check()
+    lock.acquire()
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_lock_stays_fresh_while_its_owner_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.lock.TOUCHED_EVERY", 0.01)
+    lock = Lock(tmp_path / "lock")
+    lock.acquire()
+    age(lock.path, FRESH + 1)
+    for _ in range(200):
+        if time.time() - lock.path.stat().st_mtime < FRESH:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("it was not touched")
+    lock.release()
+
+
+@pytest.mark.parametrize(("job", "taken_over"), [("5", True), ("6", False), (None, False)])
+def test_lock_of_the_same_slurm_job_is_taken_over(tmp_path, monkeypatch, job, taken_over):
+    write_owner(tmp_path / "lock", pid=7, host="elsewhere", slurm_job_id="5")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    lock = Lock(tmp_path / "lock")
+    if not taken_over:
+        with pytest.raises(UserError, match="process 7 on elsewhere"):
+            lock.acquire()
+        return
+    lock.acquire()
+    assert json.loads(lock.path.read_text())["slurm_job_id"] == "5"
+    lock.release()
+
+
+def test_owner_notices_that_its_lock_was_taken_over(tmp_path):
+    """As after a night's suspension; it does not delete the lock of the run that has the folder now."""
+    lock = Lock(tmp_path / "lock")
+    lock.acquire()
+    lock.check_held()
+    write_owner(lock.path, pid=7, host="elsewhere")
+    with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
+        lock.check_held()
+    lock.release()
+    assert lock.path.exists()
 
 
 def test_lock_where_the_file_system_has_none_goes_by_what_it_says(tmp_path, monkeypatch):
@@ -302,6 +435,11 @@ def test_lock_where_the_file_system_has_none_goes_by_what_it_says(tmp_path, monk
         Lock(lock.path).check()
     lock.release()
     Lock(lock.path).check()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    write_owner(lock.path, pid=ended.pid, host=socket.gethostname())
+    lock.acquire()
+    lock.release()
 
 
 # --- out of space

@@ -50,6 +50,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, name, text, flags):
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["lock", "config.json", "checkpoint/last.pt", "report.md"])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / "job" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name} is not a file"):
+        Job(tmp_path / "job", CONFIG).checkpoint_to_resume(None, False, [])
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint", "run/train"])
+def test_a_link_to_nothing_in_the_place_of_a_folder_is_named(tmp_path, name):
+    link = tmp_path / "job" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"{link} is a symbolic link to nothing"):
+        Job(tmp_path / "job", CONFIG).checkpoint_to_resume(None, False, [])
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("flags", [(None, False), (options.RESUME_LAST, False), (None, True)])
+def test_a_run_that_ended_meanwhile_is_not_overwritten(tmp_path, flags):
+    """Between a run's first look at its folder and its start lie the seconds in which it reads the data."""
+    slow, fast = (Job(tmp_path / "job", CONFIG) for _ in range(2))
+    resume, reset = flags
+    for job in (slow, fast):
+        job.checkpoint_to_resume(resume, reset, [])
+    fast.open(None, epoch=0, reset=False)
+    fast.add_metrics(1, 0.1, {}, {})
+    fast.close()
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=r"another run has written .* meanwhile"):
+        slow.open(None, epoch=0, reset=reset)
+    assert content(tmp_path) == before
+
+
 def reset(folder, config=CONFIG):
     job = Job(folder, config)
     job.checkpoint_to_resume(None, True, [])

@@ -63,13 +63,14 @@ def test_resume_refuses_a_best_epoch_that_is_of_another_run(runs, tmp_path):
     assert "is of another epoch" in error
 
 
-def test_finetune_killed_in_its_first_epoch_can_be_resumed(runs, tmp_path):
-    shutil.copytree(runs.refined, tmp_path / "job")
-    for left in ("checkpoint/last.pt", "report.json", "report.md", "resnet_pruned_18.pt"):
-        (tmp_path / "job" / left).unlink()
-    output = succeed("finetune.py", *runs.refine_flags, "--resume", "--job_dir", tmp_path / "job")
-    assert "no checkpoint yet" in output
-    assert (tmp_path / "job" / "metrics.jsonl").read_text() == (runs.refined / "metrics.jsonl").read_text()
+def test_resume_without_last_starts_nothing_over_a_trained_run(runs, tmp_path):
+    job = tmp_path / "job"
+    shutil.copytree(runs.students, job)
+    (job / "checkpoint" / "last.pt").unlink()
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    error = fail("main.py", *runs.student_flags, "--resume", "--job_dir", job)
+    assert f"--resume {job / 'checkpoint' / 'model_best.pt'}, delete it with --reset" in error
+    assert {path: path.read_bytes() for path in job.rglob("*") if path.is_file()} == before
 
 
 def test_resume_with_a_damaged_record_is_refused(runs, tmp_path):

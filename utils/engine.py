@@ -156,7 +156,8 @@ class Trainer:
                         interruption.end()
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
-        if meta:  # evaluation may take longer than a scheduler waits after its signal
+        # Evaluation may take longer than a scheduler waits after its signal. Broken weights are left for it to report.
+        if meta and all(value.isfinite().all() for value in self.learner.state_dict().values()):
             self._save_last(job, meta, progress.state_dict(batches.position, self.device))
         self.progress = Progress()
         losses = progress.average_losses()
@@ -169,7 +170,7 @@ class Trainer:
         """Wait for the device, and check the losses since the last time."""
         losses = self.progress.settle()
         for step, terms in enumerate(losses, start=self.progress.steps - len(losses) + 1):
-            self._check_finite(terms, f"step {step}", self.schedule.rate(self.epoch, step / steps), job)
+            self._check_finite(terms, f"step {step}", self.schedule.rate(self.epoch, step / steps), job.last)
 
     def _set(self, rate: float, rampup: float) -> None:
         if self.on_device:
@@ -188,16 +189,16 @@ class Trainer:
             keep_initial: the students as they are before training may turn out the best.
 
         Raises:
-            UserError: a loss is not finite. The checkpoints on the disk are those of the last good save.
+            UserError: a loss is not finite; model_best.pt is as it was, last.pt only if it was a loss in training.
             SystemExit: a signal asked for it.
         """
         self._counted_at = time.perf_counter()
         with interruption.deferred():
             if keep_initial and self.best is None:
-                self._save_last(job, meta)  # model_best.pt alone would be no run to resume
                 self.scores = self._evaluate(val)
                 if not all(map(math.isfinite, flatten(self.scores).values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
+                self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
             self.saved_at = time.monotonic()
@@ -212,7 +213,7 @@ class Trainer:
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
                 rate = self.schedule.rate(self.epoch)
-                self._check_finite(flatten(self.scores), "on the validation set", rate, job)
+                self._check_finite(flatten(self.scores), "on the validation set", rate, job.best)
 
                 self._keep_best(job, meta)
                 job.add_metrics(self.epoch, rate, train_scores, self.scores)
@@ -340,10 +341,10 @@ class Trainer:
             "meta": meta,
         }
 
-    def _check_finite(self, losses: dict[str, float], where: str, rate: float, job: Job) -> None:
+    def _check_finite(self, losses: dict[str, float], where: str, rate: float, good: Path) -> None:
         if not all(map(math.isfinite, losses.values())):
             terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-            kept = f"{job.last} is the last good checkpoint" if job.last.exists() else "no epoch was finished"
+            kept = f"{good} is the last good checkpoint" if good.exists() else "no epoch was finished"
             raise UserError(
                 f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
                 "lower --lr, --lambda or --miu, raise --warmup_epochs, or try --precision fp32"
