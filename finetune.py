@@ -7,10 +7,11 @@ With --pruned, --refine is an exported student; without, a training checkpoint, 
 The file says what network it is and, unless flags say otherwise, which data to refine it on.
 """
 
-from utils import options
+from utils import options, terminal
 from utils.interruption import interruption
 
 if __name__ == "__main__":
+    terminal.guard()
     interruption.catch()
     ARGS = options.parse("finetune")  # before the imports below, which take seconds: --help and typos answer at once
 

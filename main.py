@@ -6,10 +6,11 @@ r"""Train cheap-convolution students with an online teacher and export the best 
     python main.py --pretrain --teacher_model resnet_56 --job_dir experiment/resnet/teacher
 """
 
-from utils import options
+from utils import options, terminal
 from utils.interruption import interruption
 
 if __name__ == "__main__":
+    terminal.guard()
     interruption.catch()
     ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 

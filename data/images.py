@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.terminal import log
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata; damaged pixels are errors
@@ -66,7 +66,7 @@ class SkippedImages:
         self.reasons: dict[str, str] = {}
 
     def add(self, found: Mapping[bytes, str]) -> None:
-        """Leave out these images; prints the path of each that is new.
+        """Leave out these images; logs the path of each that is new.
 
         Raises:
             UserError: they are more than TOLERATED of the data set.
@@ -81,4 +81,4 @@ class SkippedImages:
                 f"the first is {path} ({reason}): repair or delete them"
             )
         for path, reason in new.items():
-            tqdm.write(f"skipping {path}, which cannot be read: {reason}")
+            log.info(f"skipping {path}, which cannot be read: {reason}")

@@ -24,6 +24,7 @@ the least time that the step needs by its arithmetic and by its memory traffic a
 import argparse
 import copy
 import ctypes
+import io
 import json
 import platform
 import statistics
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,10 +131,9 @@ class Ours:
         """With everything that an epoch of main.py does but validation and checkpoints."""
         self.trainer.epoch += 1
         batches.set_epoch(self.trainer.epoch)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             job = Job(Path(folder), options.configuration(self.args))
             job.open(None, 0, reset=False)
-            job.logger.handlers.clear()
             self.trainer.train_one_epoch(batches, job)
             job.close()
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -173,7 +172,6 @@ def job(tmp_path):
     job.open(None, epoch=0, reset=False)
     yield job
     job.close()
-    logging.getLogger("job").handlers.clear()
 
 
 def loaders(count=22, batch_size=4):

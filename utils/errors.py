@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from utils.interruption import interruption
+from utils.terminal import guard
 
 # What the machine refuses to do is not a bug of ours either: no permission, no space, no such name possible.
 REFUSALS = {
@@ -42,6 +43,7 @@ def exit_with(error: object) -> NoReturn:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; a UserError, a refusal or a lack of memory ends it with one line and code 2."""
+    guard()
     try:
         main()
     except UserError as error:

@@ -1,9 +1,7 @@
 """The files of a job: its folder, log, metrics and tensorboard events."""
 
 import json
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ from utils.files import atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 from utils.lock import Lock
 from utils.options import BEST, FORMATS, LAST, RESUME_LAST, resume_command
+from utils.terminal import log, log_to
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
@@ -42,6 +41,7 @@ class Job:
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
         self.lock = Lock(folder / "lock")
+        self.logger = log
         self.writes = distributed.rank() == 0  # of all processes of a run, one does
         self._seen: dict[Path, tuple[int, ...]] | None = None
 
@@ -132,7 +132,6 @@ class Job:
             UserError: the folder cannot be written, is in use, or another run wrote to it since it was checked.
         """
         if not self.writes:
-            self.logger = _silent_logger()
             return
         record, times = (read_metrics(_record_of(resumed)), _times_of(resumed)) if resumed else ([], {})
         kept = [line for line in record if line["epoch"] <= epoch]
@@ -149,7 +148,7 @@ class Job:
                     self._take_over(resumed)
                 with atomic_write(self.metrics, "w") as file:
                     file.writelines(json.dumps(line) + "\n" for line in kept)
-                self.logger = _logger(self.log_file)
+                log_to(self.log_file)
                 self.writers = {phase: Events(self.events / phase) for phase in PHASES}
                 for line in kept:
                     self._add_scalars(line, times.get(line["epoch"]))
@@ -221,6 +220,7 @@ class Job:
             return
         for writer in self.writers.values():
             writer.close()
+        log_to(None)
         self.lock.release()
 
 
@@ -279,30 +279,3 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
         else:
             scalars[name] = value
     return scalars
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # what logging would print in many lines, and go on
-
-
-def _silent_logger() -> logging.Logger:
-    logger = logging.getLogger("job of another process")
-    logger.propagate = False
-    logger.addHandler(logging.NullHandler())
-    return logger
-
-
-def _logger(path: Path) -> logging.Logger:
-    """Plain lines to standard output, the same with the time to `path`."""
-    logger = logging.getLogger("job")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
-    to_file = _LogFile(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(to_file)
-    logger.addHandler(logging.StreamHandler(sys.stdout))
-    return logger
