@@ -1,5 +1,6 @@
 """Image files: every mode and format as RGB, and what becomes of those that cannot be read."""
 
+import errno
 import warnings
 from collections.abc import Mapping
 
@@ -22,6 +23,7 @@ def read(path: bytes) -> Image.Image:
 
     Raises:
         DamagedImage: the file is missing, cut off, no image, or suspiciously large.
+        OSError, MemoryError: this process has too many open files, or too little memory.
     """
     try:
         with Image.open(path) as image:
@@ -31,22 +33,25 @@ def read(path: bytes) -> Image.Image:
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # a damaged image can raise anything
-        raise DamagedImage(_reason(error)) from error
+        raise _damage(error) from error
 
 
 def read_size(path: bytes) -> tuple[int, int]:
-    """(width, height), from the header alone; raises DamagedImage."""
+    """(width, height), from the header alone; raises as `read` does."""
     try:
         with Image.open(path) as image:
             return image.size
     except Exception as error:
-        raise DamagedImage(_reason(error)) from error
+        raise _damage(error) from error
 
 
-def _reason(error: Exception) -> str:
+def _damage(error: Exception) -> DamagedImage:
+    """Why an image cannot be read; raises the error again where it says nothing about the file."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
     if isinstance(error, UnidentifiedImageError):
-        return "no image"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return DamagedImage("no image")
+    return DamagedImage(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class SkippedImages:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,18 @@ def assert_same_run(a, b):
     assert all(torch.equal(value, networks[1][key]) for key, value in networks[0].items())
     for phase in ("train", "test"):
         assert tensorboard_scalars(a / "run" / phase) == tensorboard_scalars(b / "run" / phase)
+
+
+@contextmanager
+def open_files_used_up():
+    """Within, this process can open no more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno(), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, size=(10, 8), mode="RGB"):

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, open_files_used_up
+from utils.cost import check_fits
 from utils.errors import run_script
 
 HUGE = 2**50
@@ -30,6 +32,41 @@ def test_what_cuda_says_is_known(capsys):
     with pytest.raises(SystemExit):
         run_script(step)
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def last_words(capsys, main):
+    """The one line that a script whose main fails ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        run_script(main)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_lack_of_shared_memory_names_the_flags_of_docker(capsys):
+    def read():
+        raise RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared memory(shm) "
+            "for file </torch_1_2_0>: No space left on device (28)"
+        )
+
+    assert "--shm-size" in last_words(capsys, read)
+
+
+def test_lack_of_a_temporary_folder_is_not_blamed_on_the_network(capsys, monkeypatch, tmp_path):
+    class Writing(torch.nn.Module):
+        def forward(self, x):
+            return tempfile.mkdtemp()
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [tmp_path / "missing"])
+    assert "set TMPDIR" in last_words(capsys, lambda: check_fits(Writing(), "network", (3, 8, 8), 10))
+
+
+def test_too_many_open_files_are_named(capsys, tmp_path):
+    with open_files_used_up():
+        line = last_words(capsys, (tmp_path / "file").touch)
+    assert "Too many open files" in line
 
 
 def test_other_errors_keep_their_traceback():

@@ -1,10 +1,14 @@
-"""Image files of every mode."""
+"""Image files of every mode, and errors that are not theirs."""
+
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import read
+from data.images import DamagedImage, read, read_size
+from tests.helpers import open_files_used_up
 
 
 def gray(width=50, height=40):
@@ -65,3 +69,28 @@ def test_every_mode_becomes_rgb(tmp_path, recwarn, name, write):
     assert image.mode == "RGB"
     np.testing.assert_allclose(np.asarray(image), expected, atol=1 if name == "cmyk.jpg" else 0)
     assert not list(recwarn)
+
+
+def test_an_image_that_this_process_cannot_open_is_not_damaged(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(color()).save(path)
+    path = str(path).encode()
+    for reader in (read, read_size):
+        with open_files_used_up(), pytest.raises(OSError, match="Too many open files"):
+            reader(path)
+        with pytest.raises(DamagedImage, match="No such file"):
+            reader(path + b"missing")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory by what /proc says is used")
+def test_lack_of_memory_is_no_damage(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("RGB", (8000, 8000)).save(path)  # 192 MB
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, limits[1]))
+    try:
+        with pytest.raises(MemoryError):
+            read(str(path).encode())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

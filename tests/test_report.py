@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -18,8 +19,10 @@ from model.online import Students
 from tests.helpers import make_tree, report_of
 from utils import checkpoint, options, report, tables
 from utils.cost import Cost, forward_pass, latency
+from utils.curves import draw_curves
 from utils.errors import UserError
 from utils.evaluation import Accuracy, accuracy, evaluate
+from utils.job import Job
 from utils.report import Row
 from utils.teacher import check_accuracy
 
@@ -137,3 +140,12 @@ def test_a_student_with_logits_that_are_not_finite_is_not_refined(tree):
     flags = ("--refine", tree / "broken.pt", "--pruned", "--num_epochs", 1, "--job_dir", tree / "refined")
     with pytest.raises(UserError, match="not finite on the validation set"):
         finetune.main(options.parse("finetune", list(map(str, flags))))
+
+
+def test_curves_that_cannot_be_drawn_are_no_error(tmp_path, monkeypatch, capsys):
+    """As where matplotlib finds no folder that can be written."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    job = Job(tmp_path / "job", {"pretrain": True, "teacher_model": "resnet_20"})
+    draw_curves(job, {}, None)
+    assert "curves.png is not drawn" in capsys.readouterr().out
+    assert not job.curves.exists()

@@ -42,6 +42,8 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
     """Raise a UserError unless `model` takes images of `input_size` (C, H, W) and gives num_classes logits of each."""
     try:
         logits = _forward(model, input_size)
+    except OSError:
+        raise
     except Exception as error:  # the network may be anybody's
         size = " x ".join(map(str, input_size[1:]))
         raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error

@@ -2,20 +2,24 @@
 
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
-
+from utils.errors import first_line
 from utils.files import atomic_write
 from utils.job import Job, read_metrics
 
 
 def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) -> None:
-    """Draw metrics.jsonl: the terms of the loss, and validation accuracies.
+    """Draw metrics.jsonl: the terms of the loss, and validation accuracies; nothing if matplotlib cannot be imported.
 
     Args:
         best: the epoch and student that were chosen.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
+    try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, MaxNLocator
+    except (ImportError, OSError) as error:
+        job.logger.info(f"{job.curves.name} is not drawn: {first_line(error)}")
+        return
     metrics = read_metrics(job.metrics)
     epochs = [line["epoch"] for line in metrics]
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -12,7 +12,7 @@ from utils.terminal import guard
 # What the machine refuses to do is not a bug of ours either: no permission, no space, no such name possible.
 REFUSALS = {
     getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP")
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
     if hasattr(errno, name)
 }
 
@@ -49,14 +49,23 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         exit_with(error)
     except OSError as error:
+        if "temporary directory" in str(error):  # tempfile's, an ENOENT
+            exit_with("no folder for temporary files can be written: set TMPDIR to one that can")
         if error.errno not in REFUSALS:
             raise
         exit_with(f"{error.filename or 'writing'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
+        if "Too many open files" in str(error):
+            exit_with("too many open files: raise the limit (ulimit -n), or try fewer --workers")
+        if "shared memory" in str(error):  # PyTorch's, whose worker processes put images there
+            exit_with(
+                "shared memory (/dev/shm) is full: try fewer --workers or smaller batches, or start the container with "
+                "more, by --shm-size or --ipc=host"
+            )
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             exit_with(
-                "out of memory: lower --train_batch_size, --eval_batch_size, --num_students or --image_size, or take a "
-                "smaller network"
+                "out of memory: lower --train_batch_size, --eval_batch_size, --num_students, --image_size or "
+                "--workers, or take a smaller network"
             )
         if any(words in str(error) for words in LOST_PROCESS):
             exit_with("another process of this run has died: its own message says why; continue with --resume")
