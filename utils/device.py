@@ -1,6 +1,7 @@
 """Which device, precision and code a run computes with."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from model import fused
 from utils import distributed
+from utils.cores import cores
 from utils.errors import UserError
 
 # The ways to run a training step.
@@ -59,6 +61,8 @@ def pick_execution(name: str, device: torch.device) -> str:
         UserError: "on", and it cannot be done here.
     """
     fused.disable()
+    if "OMP_NUM_THREADS" not in os.environ:
+        _limit_threads(cores())
     if name == "off":
         return PLAIN
     if device.type == "cuda":
@@ -78,6 +82,12 @@ def pick_execution(name: str, device: torch.device) -> str:
             raise UserError(f"--compile on has no fused kernels: {error}; use auto or off") from error
         return f"{PLAIN} (no fused kernels: {error})"
     return KERNELS
+
+
+def _limit_threads(cores: int) -> None:
+    """More threads than a container's CPU quota has cores would wait for each other most of the time."""
+    if torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 def _keep_freed_memory() -> None:

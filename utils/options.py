@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from utils import normalization
 from utils.consistency import check, settle_finetune, settle_main
+from utils.cores import cores
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -349,8 +350,9 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add(
         "--workers",
         type=_positive_int,
-        default=min(8, os.cpu_count() or 1),
-        help="processes that read streamed images, at most one a core; threads that decode small ones",
+        default=min(8, cores()),
+        help="processes that read streamed images, at most one a core; threads that decode small ones (default: the "
+        "number of cores, at most 8)",
     )
     add("--print_freq", type=_positive_int, default=100, help="steps between progress lines (default: %(default)s)")
     return parser
