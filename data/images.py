@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from utils import distributed
 from utils.errors import UserError
 from utils.terminal import log
 
@@ -76,7 +77,14 @@ class SkippedImages:
         Raises:
             UserError: they are more than TOLERATED of the data set.
         """
-        found = {path.decode(errors="backslashreplace"): reason for path, reason in found.items()}
+        self._add({path.decode(errors="backslashreplace"): reason for path, reason in found.items()})
+
+    def share(self) -> None:
+        """Add what the other processes have met, all of which must call this; raises as `add` does."""
+        for reasons in distributed.gathered(self.reasons):
+            self._add(reasons)
+
+    def _add(self, found: Mapping[str, str]) -> None:
         new = {path: reason for path, reason in found.items() if path not in self.reasons}
         self.reasons |= new
         if len(self.reasons) > self.TOLERATED * self.total:

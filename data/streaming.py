@@ -1,8 +1,8 @@
 """Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
 
 import atexit
-import os
 import weakref
+from collections import ChainMap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from torchvision.transforms import v2
 from data.images import DamagedImage, SkippedImages, read
 from data.loader import Normalization, epoch_seed, without_a_small_last
 from data.sources import DataSet, Preprocessing, Split
-from utils.distributed import share, world_size
+from utils import distributed
+from utils.cores import cores
+from utils.distributed import share
 from utils.errors import UserError
 from utils.interruption import out_of_reach
 
@@ -104,14 +106,15 @@ def collate(samples: list[Sample]) -> tuple[Any, Any, list[Sample]]:
 class StreamedBatches:
     """Normalized batches: (B, 3, S, S) float32 in channels_last, and (B,) targets; like data.loader.Batches.
 
-    Images that cannot be read are left out, so that a batch may be smaller than the others, or missing.
+    Images that cannot be read are left out, so that a batch may be smaller than the others, or missing. In training the
+    processes of a run go through the batches in step; in evaluation each goes through its own.
 
     Args:
         order: which images, with which seeds, make a batch.
         transform: a PIL image -> (3, S, S) uint8.
-        workers: processes, of which there will be no more than there are cores; 0 reads in this one.
+        workers: processes, no more than this one's cores; 0 reads in this one. Those for training stay.
         skipped: takes the images that cannot be read.
-        smallest: batches of fewer images are left out: BatchNorm cannot train on one.
+        training: batches of which a process has fewer than two images are left out, for BatchNorm.
 
     Attributes:
         position: batches of the epoch done with so far: handed out, left out, or before the start.
@@ -125,20 +128,21 @@ class StreamedBatches:
         normalize: Normalization,
         workers: int,
         skipped: SkippedImages,
-        smallest: int = 1,
+        training: bool = False,
     ):
         self.split, self.order, self.normalize = split, order, normalize
-        self.skipped, self.smallest = skipped, smallest
+        self.skipped, self.training = skipped, training
         self.loader = DataLoader(
             ImageFiles(split, transform),
             batch_sampler=order,
-            num_workers=min(workers, _cores()),
+            num_workers=min(workers, cores()),
             collate_fn=collate,
             pin_memory=normalize.device.type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=training and workers > 0,
             generator=torch.Generator(),  # which it seeds workers from: the global one belongs to the networks
         )
-        atexit.register(_end_workers, weakref.ref(self.loader))
+        self._iterator = None
+        atexit.register(_end_workers_of, weakref.ref(self))
 
     @property
     def batch_size(self) -> int:
@@ -160,18 +164,35 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, start = self.normalize.device, self.order.start
         none_yet = start == 0
-        with out_of_reach():
-            loaded = iter(self.loader)
-        for position, (images, targets, damaged) in enumerate(loaded, start=start + 1):
+        if self.training:
+            self.skipped.share()
+        for position, (images, targets, damaged) in enumerate(self._loaded(), start=start + 1):
             self.position = position
-            self.skipped.add({self.split.images[sample.index]: sample.reason for sample in damaged})
-            if len(targets) >= self.smallest:
+            found = {self.split.images[sample.index]: sample.reason for sample in damaged}
+            large_enough = len(targets) >= 1 + self.training
+            if self.training:
+                parts, sufficient = zip(*distributed.gathered((found, large_enough)), strict=True)
+                found, large_enough = ChainMap(*parts), all(sufficient)
+            self.skipped.add(found)
+            if large_enough:
                 none_yet = False
                 yield self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
-            elif world_size() > 1:  # the other processes would wait for this one
-                raise UserError(f"batch {position} has too few images that can be read: repair them")
-        if none_yet:
-            raise UserError(f"there is no batch of {self.smallest} images that can be read: repair them")
+        if none_yet and self.training:
+            needed = 2 * distributed.world_size()
+            raise UserError(f"there is no batch of {needed} images that can be read: repair them")
+
+    def _loaded(self) -> Iterator[tuple[Any, Any, list[Sample]]]:
+        """The batches as `collate` makes them."""
+        iterator = None
+        try:
+            with out_of_reach():
+                iterator = self._iterator = iter(self.loader)
+            yield from iterator
+        except OSError as error:  # a worker's is a text, whose last line is its error
+            raise UserError(f"reading images fails: {str(error).splitlines()[-1]}") from error
+        finally:
+            if not self.loader.persistent_workers:
+                _end_workers(iterator)
 
 
 def stream(
@@ -180,20 +201,19 @@ def stream(
     """The batches to train on, to validate on and to test on."""
     common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
     order = Shuffled(len(dataset.train), train_batch_size, seed)
-    train = StreamedBatches(dataset.train, order, training_crop(dataset.image_size), *common, smallest=2)
+    train = StreamedBatches(dataset.train, order, training_crop(dataset.image_size), *common, training=True)
     center = evaluation_crop(dataset.preprocessing)
     shares = (split[share(len(split))] for split in (dataset.val, dataset.test))
     val, test = (StreamedBatches(split, InOrder(len(split), eval_batch_size), center, *common) for split in shares)
     return train, val, test
 
 
-def _end_workers(reference: weakref.ref) -> None:
+def _end_workers_of(reference: weakref.ref) -> None:
     """In good time: the signal by which multiprocessing would end them when this process ends is out of their reach."""
-    loader = reference()
-    if loader is not None and loader._iterator is not None:
-        loader._iterator._shutdown_workers()
+    if (batches := reference()) is not None:
+        _end_workers(batches._iterator)
 
 
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _end_workers(iterator: Iterator | None) -> None:
+    if hasattr(iterator, "_shutdown_workers"):  # it has some
+        iterator._shutdown_workers()

@@ -15,13 +15,17 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import model
-from model.online import OnlineTeacher
-from tests.helpers import ROOT, report_of, succeed
+from data.loader import make_loaders
+from data.streaming import Shuffled
+from model.online import OnlineTeacher, Students
+from tests.helpers import ROOT, make_tree, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.evaluation import confusion, evaluate
 
 
 def normalize(norm, x):
@@ -123,6 +127,58 @@ def test_variables_of_one_process_need_no_torchrun(monkeypatch):
     with distributed.first_on_each_machine():
         pass
     assert options.resume_command()
+
+
+def uneven_step(images, targets):
+    """The gradients of a step in parts, in which the first process has two images and the second has the others."""
+    args = options.parse("main", ["--num_students", "1", "--lambda", "0", "--accumulate", "4"])
+    torch.manual_seed(0)
+    learner = Students([nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()])
+    trainer = Trainer(learner, None, args, torch.device("cpu"), "fp32")
+    mine = slice(None) if distributed.world_size() == 1 else slice(2) if distributed.rank() == 0 else slice(2, None)
+    trainer.train_step(images[mine], targets[mine])
+    return {name: parameter.grad for name, parameter in learner.named_parameters()}
+
+
+def test_processes_may_have_shares_of_different_sizes(tmp_path):
+    """As damaged images leave them."""
+    images, targets = torch.randn(9, 4, 1, 1, dtype=torch.float64), torch.arange(9) % 3
+    expected = uneven_step(images, targets)
+    torch.testing.assert_close(in_processes(2, tmp_path, uneven_step, images, targets), expected)
+
+
+def read_damaged(root):
+    """What the first process makes of streamed images, some of them damaged: training batches, scores, damage."""
+    dataset = data.load("folder", root, 0, image_size=8)
+    dataset.skipped.total = 10_000
+    loaders = make_loaders(dataset, 8, 19, 0, torch.device("cpu"), workers=1)
+    loaders.train.set_epoch(1)
+    sizes = [distributed.counts(len(targets)) for _, targets in loaders.train]
+    torch.manual_seed(0)
+    learner = Students([nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))])
+    scores = evaluate(learner, loaders.test)
+    matrix = confusion(learner.students[0], loaders.test, 2)
+    dataset.skipped.share()
+    return {"sizes": sizes, "scores": scores, "confusion": matrix.tolist(), "damaged": set(dataset.skipped.reasons)}
+
+
+def test_damaged_images_stop_no_run_that_one_process_finishes(tmp_path):
+    """The second process has no test image, and of one batch for training too few."""
+    make_tree(tmp_path / "set", count=20, size=(10, 8))
+    paths = data.load("folder", tmp_path / "set", 0, image_size=8)
+    order = Shuffled(len(paths.train), 8, 0)
+    order.epoch = 1
+    chosen = [index for index, _ in list(order)[2]]
+    damaged = {os.fsdecode(path) for path in [*paths.train.images[chosen[1:6:2]], *paths.test.images[1::2]]}
+    for path in damaged:
+        Path(path).write_bytes(b"")
+    one, two = read_damaged(tmp_path / "set"), in_processes(2, tmp_path, read_damaged, tmp_path / "set")
+    assert one["sizes"] == [[8], [8], [5], [8], [8]]
+    assert two["sizes"] == [[4, 4], [4, 4], [4, 4], [4, 4]]
+    assert one["damaged"] == two["damaged"] == damaged
+    assert two["confusion"] == one["confusion"]
+    assert two["scores"]["accuracy"] == one["scores"]["accuracy"]
+    assert two["scores"]["loss"]["students"] == pytest.approx(one["scores"]["loss"]["students"])
 
 
 FLAGS = ("--dataset", "digits", "--teacher_model", "resnet_20", "--device", "cpu", "--precision", "fp32")

@@ -1,5 +1,7 @@
 """Images that stream from their files: which do, their crops, damaged files, and whole runs."""
 
+import errno
+import multiprocessing
 import struct
 import zlib
 
@@ -121,7 +123,7 @@ def streamed(paths, training=True, batch_size=4, workers=0, seed=0, total=10_000
     order = Shuffled(len(paths), batch_size, seed) if training else InOrder(len(paths), batch_size)
     transform = training_crop(SIZE) if training else evaluation_crop(Preprocessing((37, 37), (SIZE, SIZE)))
     normalize = Normalization((0, 0, 0), (1 / 255,) * 3, CPU)
-    return StreamedBatches(split, order, transform, normalize, workers, SkippedImages(total), 1 + training)
+    return StreamedBatches(split, order, transform, normalize, workers, SkippedImages(total), training)
 
 
 def epoch_of(batches, epoch=1):
@@ -241,9 +243,10 @@ def test_batches_that_damage_leaves_too_small_are_left_out(tmp_path):
     ]
     for path in paths:
         path.write_bytes(b"")
-    for training in (True, False):
-        with pytest.raises(UserError, match=r"no batch of . images that can be read"):
-            list(streamed(paths, training))
+    with pytest.raises(UserError, match=r"no batch of 2 images that can be read"):
+        list(streamed(paths))
+    with pytest.raises(UserError, match="none of the images to evaluate on can be read"):
+        evaluate(Students([Tiny()]), streamed(paths, training=False))
 
 
 def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
@@ -253,6 +256,29 @@ def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
     assert len(list(streamed(paths, total=200, workers=1))) == 6
     with pytest.raises(UserError, match=rf"2 of the 199 images cannot be read, more than 1%.* {paths[3]} \(no image\)"):
         list(streamed(paths, training=False, total=199, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_machine_is_no_damage(tmp_path, workers):
+    def fail(image):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    batches = streamed(stream_tree(tmp_path / "set"), workers=workers)
+    batches.loader.dataset.transform = fail
+    with pytest.raises(UserError, match=r"^reading images fails: .*Too many open files$"):
+        list(batches)
+
+
+def test_workers_of_an_evaluation_end_with_it(tmp_path):
+    paths, others = stream_tree(tmp_path / "set"), set(multiprocessing.active_children())
+    batches = streamed(paths, training=False, workers=1)
+    list(batches)
+    assert set(multiprocessing.active_children()) <= others
+    broken_off = iter(batches)
+    next(broken_off)
+    assert set(multiprocessing.active_children()) - others
+    broken_off.close()
+    assert set(multiprocessing.active_children()) <= others
 
 
 DEADLY_READING = """

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,21 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def total_count(count: int) -> int:
-    return int(total(torch.tensor(count))) if world_size() > 1 else count
+def counts(count: int) -> list[int]:
+    """What each process counts, in the order of their ranks."""
+    if world_size() == 1:
+        return [count]
+    values = torch.zeros(world_size(), dtype=torch.long)
+    values[rank()] = count
+    return total(values).tolist()
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values, which must be picklable, that the processes have, in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def largest(value: int) -> int:

@@ -87,8 +87,9 @@ class Trainer:
         Returns, all of the whole batch: the loss and its terms, the correct answers of each student and of the online
         teacher, and its images.
         """
-        processes, size = distributed.world_size(), distributed.total_count(len(targets))
-        parts = max(1, min(self.accumulate, size // processes // 2))  # BatchNorm needs two images
+        shares = distributed.counts(len(targets))
+        processes, size = len(shares), sum(shares)
+        parts = max(1, min(self.accumulate, min(shares) // 2))  # BatchNorm needs two images
         self.optimizer.zero_grad()
         outcome = 0
         for part, of_part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.loader import Batches
 from model.online import Students
 from utils import distributed
+from utils.errors import UserError
 
 TOP5_ABOVE = 10  # classes; with so few, top-5 says little
 
@@ -40,7 +41,7 @@ def evaluate(learner: Students, batches: Batches) -> Scores:
     for which two students give different classes, averaged over all pairs of students.
     """
     learner.eval()
-    students, totals = len(learner.students), 0
+    students, totals, classes = len(learner.students), 0, 0
     with torch.inference_mode():
         for images, targets in batches:
             logits = all_logits(*learner(images))
@@ -53,14 +54,19 @@ def evaluate(learner: Students, batches: Batches) -> Scores:
             differing = (answers[:, None] != answers).sum() / max(1, students * (students - 1))
             # The images are counted here: of batches.num_images, some may turn out to be damaged.
             count = hits.new_tensor([len(targets)])
-            totals = totals + torch.cat([count, differing[None], *hits, losses])
-    count, differing, *rows = distributed.total(totals.double().cpu()).tolist()
-    top1, top5, loss = (rows[i : i + len(logits)] for i in range(0, len(rows), len(logits)))
+            totals, classes = totals + torch.cat([count, differing[None], *hits, losses]), logits.shape[-1]
+    # A process without a readable image has no totals.
+    found = [part for part in distributed.gathered((totals.double().cpu(), classes) if classes else None) if part]
+    if not found:
+        raise UserError("none of the images to evaluate on can be read: repair them")
+    (count, differing, *rows), classes = sum(part[0] for part in found).tolist(), found[0][1]
+    networks = len(rows) // 3
+    top1, top5, loss = (rows[i : i + networks] for i in range(0, len(rows), networks))
     scores = {
         "accuracy": by_network(learner, [100 * hits / count for hits in top1]),
         "loss": by_network(learner, [total / count for total in loss]),
     }
-    if logits.shape[-1] > TOP5_ABOVE:
+    if classes > TOP5_ABOVE:
         scores["top5"] = by_network(learner, [100 * hits / count for hits in top5])
     if students > 1:
         scores["disagreement"] = 100 * differing / count

@@ -80,6 +80,7 @@ def publish(
     """
     rows, best = results.rows, trainer.best_student
     counts = confusion(best, test, len(dataset.classes))
+    dataset.skipped.share()
     if not job.writes:
         return
     chosen = next(i for i, row in enumerate(rows) if row.network is best)
