@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from model import external
-from model.conv import cheap_convs, standard_convs
+from model.conv import cheap_convs, standard_convs, subsample_first
 from utils.errors import UserError
 
 SPARSE = "_sparse"
@@ -120,6 +120,7 @@ def build(
         network = external.student(arch, standard, num_classes, conv, **cheap, **kwargs)
     else:
         network = external.standard(arch, name, num_classes, **kwargs)
+    subsample_first(network)
     network.variant = kwargs  # for students that start from its weights, and for its file
     return network
 

@@ -1,10 +1,15 @@
 """The cheap convolutions against slow, obvious references."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.conv import KINDS, CheapConv2d, Shift2d, cheap_convs, count_cheap
+import model
+from model.conv import KINDS, CheapConv2d, Shift2d, cheap_convs, count_cheap, subsample_first
 
 
 def slow_shift(x, kernel_size):
@@ -163,3 +168,102 @@ def test_the_convolutions_to_deploy_compute_what_the_cheap_one_does(kind, groups
     torch.testing.assert_close(convs(x), cheap(x), rtol=1e-5, atol=1e-5)
     widths = [module.weight.shape[1] for module in convs.modules() if isinstance(module, nn.Conv2d)]
     assert kind != "group" or widths[0] >= min(wide, 24)
+
+
+class StridesOfPointwise(TorchDispatchMode):
+    """Collects the strides of the 1 x 1 convolutions that PyTorch computes, in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        backward = operator == torch.ops.aten.convolution_backward.default
+        if backward or operator == torch.ops.aten.convolution.default:
+            weight, stride = (args[2], args[4]) if backward else (args[1], args[3])
+            if weight.shape[2:] == (1, 1):
+                self.found.append(list(stride))
+        return operator(*args, **(kwargs or {}))
+
+
+USERS_NETWORK = """
+from torch import nn
+
+class Pointwise(nn.Conv2d):
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__(in_channels, out_channels, 1, stride)
+
+def narrow(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Pointwise(8, 6, (2, 1)), nn.Conv2d(6, 8, 1, (1, 3), padding="valid"),
+                         nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("resnet_20", None),
+        ("resnet_20_sparse", None),
+        ("resnet18", "torchvision"),
+        ("resnet18_sparse", "torchvision"),
+        ("efficientvit_m0_sparse", "timm"),
+        ("narrow", "file"),
+        ("narrow_sparse", "file"),
+    ],
+)
+def test_no_network_trains_a_strided_1x1_convolution_on_the_cpu(name, arch, tmp_path):
+    """Its gradient is out of bounds in oneDNN; the pixels that it skips are dropped before."""
+    if arch == "file":
+        arch = str(tmp_path / "networks.py")
+        (tmp_path / "networks.py").write_text(USERS_NETWORK)
+    network = model.build(name, 3, arch=arch).to(memory_format=torch.channels_last)
+    strided = [
+        m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1
+    ]
+    assert strided
+    size = 224 if arch == "timm" else 32
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with StridesOfPointwise() as strides:
+        network(x).sum().backward()
+    assert [1, 1] in strides.found
+    assert all(stride == [1, 1] for stride in strides.found)
+
+
+@pytest.mark.parametrize("stride", [2, (1, 3), (3, 2)])
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (2, False)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_subsampled_convolution_is_the_strided_one(stride, groups, bias, memory_format):
+    conv = nn.Conv2d(6, 4, 1, stride, groups=groups, bias=bias, dtype=torch.float64)
+    subsampled = subsample_first(copy.deepcopy(conv))
+    x = torch.randn(2, 6, 5, 8, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    out, expected = subsampled(x), conv(x)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=memory_format)
+    pairs = zip(
+        torch.autograd.grad(out, (x, *subsampled.parameters()), grad),
+        torch.autograd.grad(expected, (x, *conv.parameters()), grad),
+        strict=True,
+    )
+    for value, wanted in pairs:
+        torch.testing.assert_close(value, wanted)
+    assert torch.autograd.gradcheck(subsampled, x)
+    assert torch.autograd.gradgradcheck(subsampled, x)
+    torch.testing.assert_close(subsampled(x[0]), expected[0])
+
+
+def test_a_subsampled_convolution_is_copied_saved_and_exported_as_any_other():
+    conv = subsample_first(nn.Conv2d(3, 4, 1, 2))
+    x = torch.randn(2, 3, 6, 6)
+    assert type(conv) is nn.Conv2d
+    assert conv.stride == (2, 2)
+    assert conv.state_dict().keys() == {"weight", "bias"}
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        torch.testing.assert_close(other(x), conv(x))
+        nn.init.zeros_(other.weight)
+        nn.init.zeros_(other.bias)
+        assert not other(x).any()
+    exported = torch.export.export(conv, (x,)).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.conv2d.default
+    )
+    assert [node.args[3] for node in exported] == [[2, 2]]
