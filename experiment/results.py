@@ -86,7 +86,8 @@ def write_results(out: Path) -> None:
 
 
 def _section(name: str, study: Study, records: list[Record], folder: Path) -> list[str]:
-    hardware = sorted({", ".join(map(str, record["environment"].values())) for record in records})
+    keys = ("device", "execution", "precision", "torch")
+    hardware = sorted({", ".join(e[key] for key in keys if key in e) for e in (r["environment"] for r in records)})
     where = " --data_dir PATH" if study.data else ""
     text = [f"## {study.title}", "", f"`python experiment/study.py {name}{where}` with the flags `{study.flags}`."]
     text += [LOSSLESS] if study.data else [""]
