@@ -8,6 +8,7 @@ from a plan (`standard_convs` or `cheap_convs`).
 import functools
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from utils.errors import UserError
 
 Pair = tuple[int, int]
 Padding = int | Pair | str  # as nn.Conv2d's: on both sides of each axis, or "same", or "valid"
+
+_SHIFT = attrgetter("kernel_size", "dilation", "pad", "padding_mode")
+_WINDOW = attrgetter("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 KINDS = ("depthwise", "group", "shift")
 
@@ -180,15 +184,13 @@ class CheapConv2d(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is 3 x 3 with padding 1, one stride for both axes and no bias, as by default."""
-        spatial, pointwise = self.spatial, self.pointwise
-        if spatial.kernel_size != (3, 3) or spatial.dilation != (1, 1):
+        spatial, pointwise = self._modules["spatial"], self._modules["pointwise"]  # faster than as attributes
+        rows, columns = pointwise.stride
+        if rows != columns or pointwise.padding != (0, 0) or not _lacks_bias(pointwise):
             return False
-        if pointwise.stride[0] != pointwise.stride[1] or pointwise.padding != (0, 0) or pointwise.bias is not None:
-            return False
-        if isinstance(spatial, Shift2d):
-            return spatial.pad == spatial.crop and spatial.padding_mode == "constant"
-        window = spatial.stride, spatial.padding, spatial.padding_mode
-        return window == ((1, 1), (1, 1), "zeros") and spatial.bias is None
+        if type(spatial) is Shift2d:
+            return _SHIFT(spatial) == ((3, 3), (1, 1), (1, 1, 1, 1), "constant")
+        return _WINDOW(spatial) == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros") and _lacks_bias(spatial)
 
     def spatial_filters(self) -> Tensor:
         """The spatial stage of a plain one as 3 x 3 filters, (in, in / groups, 3, 3)."""
@@ -261,6 +263,10 @@ class CheapConv2d(nn.Module):
             filters, groups = blocks.reshape(channels, -1, *kernel), groups // merged
         spatial = _frozen_conv(filters.clone(), stride=self.stride, padding=1, groups=groups)
         return nn.Sequential(spatial, _frozen_conv(self.pointwise.weight))
+
+
+def _lacks_bias(conv: nn.Conv2d) -> bool:
+    return conv._parameters.get("bias", conv) is None  # `conv.bias` is slow where it is None
 
 
 def subsample_first(network: nn.Module) -> nn.Module:

@@ -18,15 +18,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from model.conv import CheapConv2d
+from model.conv import CheapConv2d, Shift2d
 
 _SOURCES = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
 _LANES = 16  # channels come in multiples of it
 # With more channels, the matrix products of PyTorch's operators are faster; measured in experiment/PERFORMANCE.md.
 _MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 64}
+_TENSORS = (Tensor, nn.Parameter)  # subclasses need not have their data where data_ptr points
 _library: ctypes.CDLL | None = None
 
 
@@ -57,11 +61,12 @@ def kernels_hash() -> str | None:
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """`relu(norm(x))`, plus `residual` if there is one. (B, C, H, W) -> (B, C, H, W)."""
-    if _applies(norm, x):
+    if _is_computable(x) and _applies(norm, x, x.shape, residual):
+        residual = _in_channels_last(residual)
         if not norm.training:
-            return _infer_norm_relu(norm, x, _like(residual, x))
+            return _infer_norm_relu(norm, x, residual)
         norm.num_batches_tracked.add_(1)
-        return _NormReLU.apply(x, norm.weight, norm.bias, norm, _like(residual, x))
+        return _NormReLU.apply(x, norm.weight, norm.bias, norm, residual)
     out = F.relu(norm(x))
     return out if residual is None else out + residual
 
@@ -75,19 +80,19 @@ def conv_norm_relu_and_input(
     conv: nn.Module, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`conv_norm_relu`, and x again, for what else is made of it: its gradients then are summed as they are written."""
-    if _usable(x) and isinstance(conv, CheapConv2d) and conv.is_plain:
-        filters, mixing, stride, dtype = conv.spatial_filters(), conv.pointwise.weight, conv.stride, _compute_dtype(x)
-        (out_channels, in_channels, *_), group = mixing.shape, filters.shape[1]
-        if out_channels % _LANES == 0 and max(in_channels, out_channels) <= _MOST_CHANNELS.get(dtype, 0):
-            cast = x if x.dtype == dtype else x.to(dtype)
-            if _applies(norm, cast):
-                if not norm.training and (_LANES % group == 0 or group % _LANES == 0):
-                    return _infer_cheap_conv(cast, filters, mixing, stride, norm, _like(residual, cast)), cast
-                if norm.training and group == 1:
-                    norm.num_batches_tracked.add_(1)
-                    weights = filters.contiguous(), mixing.contiguous(), norm.weight, norm.bias
-                    return _CheapConvNormReLU.apply(cast, *weights, stride, norm, _like(residual, cast))
-        if group > 1 and dtype in _MOST_CHANNELS and in_channels <= _dense_up_to(dtype):
+    if _is_computable(x) and (stages := _separable(conv, x)):
+        filters, mixing, stride = stages
+        group, (batch, channels, height, width), out_channels = filters.shape[1], x.shape, mixing.shape[0]
+        size = batch, out_channels, -(-height // stride), -(-width // stride)
+        if max(channels, out_channels) <= _MOST_CHANNELS[x.dtype] and _applies(norm, x, size, residual):
+            residual = _in_channels_last(residual)
+            if not norm.training and (_LANES % group == 0 or group % _LANES == 0):
+                return _infer_cheap_conv(x, filters, mixing, stride, norm, residual), x
+            if norm.training and group == 1:
+                norm.num_batches_tracked.add_(1)
+                weights = filters.contiguous(), mixing.contiguous(), norm.weight, norm.bias
+                return _CheapConvNormReLU.apply(x, *weights, stride, norm, residual)
+        if group > 1 and channels <= _dense_up_to(x.dtype):
             return norm_relu(norm, F.conv2d(x, conv.dense_weight(), stride=stride, padding=1), residual), x
     return norm_relu(norm, conv(x), residual), x
 
@@ -99,7 +104,7 @@ class FusedSequential(nn.Sequential):
         layers = list(self)
         while layers:
             layer, *layers = layers
-            if [type(following) for following in layers[:2]] == [nn.BatchNorm2d, nn.ReLU]:
+            if len(layers) > 1 and type(layers[0]) is nn.BatchNorm2d and _is_itself(layers[1], nn.ReLU):
                 norm, _, *layers = layers
                 x = conv_norm_relu(layer, norm, x)
             else:
@@ -107,28 +112,95 @@ class FusedSequential(nn.Sequential):
         return x
 
 
-def _usable(x: Tensor) -> bool:
-    """Whether there are kernels for x; an exported graph is to hold PyTorch's own operators alone."""
-    return _library is not None and x.is_cpu and not torch.compiler.is_exporting()
+def _applies(norm: nn.BatchNorm2d, x: Tensor, size: tuple[int, ...], residual: Tensor | None) -> bool:
+    """Whether the kernels compute exactly what PyTorch's operators do with these modules and tensors.
+
+    Everything that they were not made for is PyTorch's to compute or to refuse.
+
+    Args:
+        x: feature map that `_is_computable`: the norm takes it or, if it is of another size, what a convolution that
+            is `_separable` makes of it.
+        size: of what the norm takes, (B, C, H, W).
+    """
+    batch, channels, height, width = size
+    if channels % _LANES or x.shape[1] % _LANES or not _is_itself(norm, nn.BatchNorm2d):
+        return False
+    if norm.momentum is None or not norm.track_running_stats or norm._buffers.get("num_batches_tracked") is None:
+        return False
+    # Of one pixel there is no variance. Gradients through running statistics are PyTorch's.
+    if batch * height * width == 1 if norm.training else torch.is_grad_enabled():
+        return False
+    if residual is not None and not _fits(residual, x.dtype, size):
+        return False
+    return all([_fits(t, torch.float32, (channels,)) and t.is_contiguous() for t in _vectors(norm)])
 
 
-def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether the kernels can do it; without gradients they normalize by running statistics, too."""
+def _separable(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """The filters, pointwise weight and stride of a plain cheap convolution, if that is all that it does with x."""
+    if not _is_itself(conv, CheapConv2d):
+        return None
+    spatial, pointwise = conv._modules["spatial"], conv._modules["pointwise"]
+    if not (_is_itself(spatial, nn.Conv2d, Shift2d) and _is_itself(pointwise, nn.Conv2d) and conv.is_plain):
+        return None
+    channels, mixing = x.shape[1], pointwise._parameters.get("weight")
+    if type(spatial) is Shift2d:
+        filters, group = conv.spatial_filters(), 1
+    else:
+        filters, group = spatial._parameters.get("weight"), spatial.in_channels // spatial.groups
+    fits = (
+        x.dtype == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        and _fits(filters, torch.float32, (channels, group, 3, 3))
+        and _fits(mixing, torch.float32, (pointwise.out_channels, channels, 1, 1))
+    )
+    return (filters, mixing, pointwise.stride[0]) if fits else None
+
+
+def _is_computable(x: Tensor) -> bool:
+    """Whether there are kernels for feature maps like x, and autograd alone follows how they are computed.
+
+    Exported, traced and compiled graphs, function transforms, dispatch modes and hooks on all modules see PyTorch's
+    operators.
+    """
     return (
-        _usable(x)
-        and type(norm) is nn.BatchNorm2d  # one that many processes share is of another class
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.shape[1] % _LANES == 0
+        _library is not None
+        and type(x) in _TENSORS
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.dtype in _MOST_CHANNELS
+        and x.dim() == 4
+        and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and norm.weight.dtype == torch.float32
-        # Of one pixel there is no variance: PyTorch says so.
-        and (x.numel() > x.shape[1] if norm.training else not torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_in_torch_dispatch_mode()
+        and forward_ad._current_level < 0
+        and not _has_any_global_hook()
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of x computes in, on the CPU."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+def _is_itself(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling a module runs the forward of its class, one of `kinds`, and nothing else.
+
+    Pruning (torch.nn.utils.prune) adds hooks, a parametrization changes the class.
+    """
+    return type(module) in kinds and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _fits(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return (
+        type(tensor) in _TENSORS
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+    )
 
 
 @functools.cache
@@ -141,13 +213,13 @@ def _dense_up_to(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False) else 16
 
 
-def _like(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if residual is None else residual.to(x.dtype, memory_format=torch.channels_last)
+def _in_channels_last(residual: Tensor | None) -> Tensor | None:
+    return None if residual is None else residual.contiguous(memory_format=torch.channels_last)
 
 
 def _infer_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor:
     y, channels = torch.empty_like(x), x.shape[1]
-    tensors = *_pointers(x, residual), *_statistics(norm), y.data_ptr()
+    tensors = *_pointers(x, residual), *_pointers(*_vectors(norm)), norm.eps, y.data_ptr()
     _library.norm_relu_infer(*tensors, x.numel() // channels, channels, *_run(x))
     return y
 
@@ -158,10 +230,10 @@ def _infer_cheap_conv(
     mixing = mixing.contiguous()
     if not filters.is_contiguous(memory_format=torch.channels_last):
         filters = filters.contiguous()
-    (batch, channels, height, width), out_channels = x.shape, len(mixing)
+    (batch, channels, height, width), out_channels = x.shape, mixing.shape[0]
     size = batch, out_channels, -(-height // stride), -(-width // stride)
     z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-    tensors = *_pointers(x, filters, mixing, residual), *_statistics(norm), z.data_ptr()
+    tensors = *_pointers(x, filters, mixing, residual), *_pointers(*_vectors(norm)), norm.eps, z.data_ptr()
     shape = batch, height, width, channels, out_channels, stride
     _library.cheap_conv_infer(*tensors, *shape, filters.shape[1], filters.stride(3), *_run(x))
     return z
@@ -233,13 +305,13 @@ class _Norm(ctypes.Structure):
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> "_Norm":
-        return cls(*_pointers(norm.weight, norm.bias, norm.running_mean, norm.running_var), norm.eps, norm.momentum)
+        return cls(*_pointers(*_vectors(norm)), norm.eps, norm.momentum)
 
 
-def _statistics(norm: nn.BatchNorm2d) -> tuple[int | float, ...]:
+def _vectors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """Its weight, bias, running mean and running variance."""
     weights, running = norm._parameters, norm._buffers  # nn.Module finds its own attributes more slowly
-    tensors = weights["weight"], weights["bias"], running["running_mean"], running["running_var"]
-    return *_pointers(*tensors), norm.eps
+    return weights.get("weight"), weights.get("bias"), running.get("running_mean"), running.get("running_var")
 
 
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
