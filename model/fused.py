@@ -163,6 +163,12 @@ def _is_computable(x: Tensor) -> bool:
     """
     return (
         _library is not None
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_in_torch_dispatch_mode()
+        and forward_ad._current_level < 0
+        and not _has_any_global_hook()
         and type(x) in _TENSORS
         and x.is_cpu
         and x.layout is torch.strided
@@ -170,12 +176,6 @@ def _is_computable(x: Tensor) -> bool:
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not is_in_torch_dispatch_mode()
-        and forward_ad._current_level < 0
-        and not _has_any_global_hook()
     )
 
 

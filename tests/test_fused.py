@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import fused
 from model.conv import KINDS, CheapConv2d, standard_conv
+from model.fused import FusedSequential
 from model.online import OnlineTeacher
 from utils.losses import online_distillation
 
@@ -141,6 +144,21 @@ def test_statistics_of_a_batch_far_from_zero_keep_their_digits():
     fused.norm_relu(norm, x)
     assert distance(norm.running_mean, x.double().mean((0, 2, 3))) < 1e-7
     assert distance(norm.running_var, x.double().var((0, 2, 3))) < 1e-6
+
+
+@pytest.mark.parametrize("size", [(8, 16, 32, 32), (1, 16, 2, 20_000)])
+@pytest.mark.parametrize("outlier", [1e2, 1e4])
+def test_statistics_survive_an_outlier_in_the_first_pixel(size, outlier):
+    """Distances to it, summed in float32, had lost three digits of the variance."""
+    x, conv = channels_last(*size), CheapConv2d(16, 16)
+    x[0, :, 0, 0] = outlier
+    nn.init.dirac_(conv.spatial.weight, groups=16)
+    nn.init.dirac_(conv.pointwise.weight)
+    for compute in (fused.norm_relu, partial(fused.conv_norm_relu, conv)):
+        norm = nn.BatchNorm2d(16, momentum=1.0)
+        compute(norm, x)
+        assert distance(norm.running_mean, x.double().mean((0, 2, 3))) < 1e-6
+        assert distance(norm.running_var, x.double().var((0, 2, 3))) < 2e-6
 
 
 def test_a_block_of_pixels_ends_in_the_middle_of_an_image():
@@ -298,8 +316,12 @@ def test_what_the_kernels_cannot_take_goes_through_pytorch(x):
 
 
 def test_a_single_pixel_cannot_be_normalized():
+    norm = nn.BatchNorm2d(16)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fused.norm_relu(nn.BatchNorm2d(16), channels_last(1, 16, 1, 1))
+        fused.norm_relu(norm, channels_last(1, 16, 1, 1))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):  # a stride leaves one of four
+        fused.conv_norm_relu(CheapConv2d(16, 16, stride=2), norm, channels_last(1, 16, 2, 2))
+    assert not norm.running_var.isnan().any()
 
 
 def test_not_a_number_comes_through():
@@ -515,6 +537,36 @@ def test_whatever_comes_is_computed_or_refused_as_pytorch_does(case):
             error = (value.double() - wanted.double()).norm()
             assert torch.equal(value.isnan(), wanted.isnan()), name
             assert not error > (0.3 if rough else 1e-3) * (1 + wanted.double().norm()), name
+
+
+def test_what_follows_pytorchs_operators_sees_them():
+    conv, norm, x = CheapConv2d(16, 16), random_norm(16).eval(), channels_last(2, 16, 4, 4)
+    network = FusedSequential(conv, norm, nn.ReLU()).eval().requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, x)
+        torch.testing.assert_close(traced(x + 1), network(x + 1))
+        with FlopCounterMode(display=False) as counter:
+            network(x)
+        assert counter.get_total_flops() == 2 * 2 * 16 * 16 * (9 + 16)
+        torch.testing.assert_close(torch.func.vmap(network)(x[None])[0], network(x))
+        tangents = [torch.func.jvp(network, (x,), (torch.ones_like(x),))[1]]
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(network(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    torch.testing.assert_close(*tangents)
+    assert tangents[0].any()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_fused_relu_runs_its_hooks(enabled):
+    if not enabled:
+        fused.disable()
+    network, seen = FusedSequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU()), []
+    hook = network[2].register_forward_hook(lambda module, args, out: seen.append(out))
+    out = network(channels_last(2, 3, 4, 4))
+    assert seen[0] is out
+    hook.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(network(channels_last(2, 3, 4, 4)), out)
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):

@@ -26,65 +26,61 @@ struct Moments {
     }
 };
 
-// Gathers the moments of pixels that come in runs; a block of them is summed in float32, then goes on in double.
+// Gathers the moments of pixels that come in runs. The sums, of distances to the first pixel, are double: in float32, a
+// pixel that is far from the others would cost digits, and the first one most of all.
 class MomentsOfPixels {
   public:
     explicit MomentsOfPixels(int channels)
-        : channels_(channels), total_(channels), block_(channels), pivot_(channels), sum_(channels),
-          squares_(channels) {}
+        : channels_(channels), pivot_(channels), sum_(channels), squares_(channels) {}
 
     template <class T>
     void add(const T* pixels, int count) {
-        constexpr int CHAINS = 4;  // independent sums hide the latency of an addition
-        if (block_.count == 0) copy(pixels, pivot_.data(), channels_);  // distances to a pixel lose no digits
+        constexpr int CHAINS = 2;  // independent sums hide the latency of an addition
+        if (count_ == 0) copy(pixels, pivot_.data(), channels_);
         for (int c = 0; c < channels_; c += LANES) {
-            const Vec pivot = load(&pivot_[c]);
-            Vec sum[CHAINS] = {load(&sum_[c])}, squares[CHAINS] = {load(&squares_[c])};
-            int i = 0;
-            for (; i + CHAINS <= count; i += CHAINS) {
-                UNROLL for (int j = 0; j < CHAINS; j++) {
-                    const Vec distance = load(pixels + (i + j) * channels_ + c) - pivot;
-                    sum[j] += distance;
-                    squares[j] += distance * distance;
+            Doubles pivot[2], sum[CHAINS][2] = {}, squares[CHAINS][2] = {};
+            widen(load(&pivot_[c]), pivot);
+            const auto take = [&](int i, int chain) {
+                Doubles pixel[2];
+                widen(load(pixels + (std::int64_t)i * channels_ + c), pixel);
+                UNROLL for (int h = 0; h < 2; h++) {
+                    const Doubles distance = pixel[h] - pivot[h];
+                    sum[chain][h] += distance;
+                    squares[chain][h] += distance * distance;
                 }
+            };
+            int i = 0;
+            for (; i + CHAINS <= count; i += CHAINS)
+                UNROLL for (int j = 0; j < CHAINS; j++) take(i + j, j);
+            if (i < count) take(i, 0);
+            UNROLL for (int h = 0; h < 2; h++) {
+                const int at = c + h * LANES / 2;
+                add_to(&sum_[at], sum[0][h] + sum[1][h]);
+                add_to(&squares_[at], squares[0][h] + squares[1][h]);
             }
-            for (; i < count; i++) {
-                const Vec distance = load(pixels + i * channels_ + c) - pivot;
-                sum[0] += distance;
-                squares[0] += distance * distance;
-            }
-            store(&sum_[c], (sum[0] + sum[1]) + (sum[2] + sum[3]));
-            store(&squares_[c], (squares[0] + squares[1]) + (squares[2] + squares[3]));
         }
-        block_.count += count;
-        if (block_.count >= BLOCK) flush();
+        count_ += count;
     }
 
-    Moments total() {
-        flush();
-        return total_;
+    Moments total() const {
+        Moments moments(channels_);
+        moments.count = count_;
+        for (int c = 0; c < channels_ && count_ > 0; c++) {
+            const double mean = sum_[c] / count_;
+            moments.mean[c] = pivot_[c] + mean;
+            moments.deviations[c] = squares_[c] - sum_[c] * mean;
+        }
+        return moments;
     }
 
   private:
-    void flush() {
-        if (block_.count == 0) return;
-        for (int c = 0; c < channels_; c++) {
-            const double mean = sum_[c] / block_.count;
-            block_.mean[c] = pivot_[c] + mean;
-            block_.deviations[c] = squares_[c] - sum_[c] * mean;
-        }
-        total_.add(block_);
-        block_.count = 0;
-        std::fill_n(sum_.data(), channels_, 0.0f);
-        std::fill_n(squares_.data(), channels_, 0.0f);
-    }
-
     int channels_;
-    Moments total_, block_;
-    Buffer pivot_, sum_, squares_;
+    double count_ = 0;
+    Buffer pivot_;
+    std::vector<double> sum_, squares_;
 };
 
-Moments total(std::vector<MomentsOfPixels>& parts) {
+Moments total(const std::vector<MomentsOfPixels>& parts) {
     Moments sum = parts[0].total();
     for (std::size_t i = 1; i < parts.size(); i++) sum.add(parts[i].total());
     return sum;

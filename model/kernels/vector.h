@@ -23,6 +23,8 @@ constexpr int AHEAD_IN_MEMORY = 2048;  // numbers; what is fetched so early is t
 
 using bf16 = std::uint16_t;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float HalfVec __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // of half a Vec
 typedef std::uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef bf16 Halves __attribute__((vector_size(2 * LANES)));
 
@@ -45,6 +47,19 @@ inline void store(bf16* to, Vec v) {  // to the nearest, ties to even; NaN stays
     const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
     const Halves h = __builtin_convertvector(v == v ? rounded : quiet_nan, Halves);
     std::memcpy(to, &h, sizeof h);
+}
+
+inline void widen(Vec v, Doubles to[2]) {
+    HalfVec halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    UNROLL for (int h = 0; h < 2; h++) to[h] = __builtin_convertvector(halves[h], Doubles);
+}
+
+inline void add_to(double* sum, Doubles v) {
+    Doubles old;
+    std::memcpy(&old, sum, sizeof old);
+    old += v;
+    std::memcpy(sum, &old, sizeof old);
 }
 
 inline Vec permuted(Vec v, Words lanes) { return __builtin_shuffle(v, lanes); }
