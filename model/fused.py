@@ -9,7 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +24,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from model.conv import CheapConv2d, Shift2d
+from utils.errors import UserError
+from utils.files import atomic_write
 
 _SOURCES = Path(__file__).with_name("kernels")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC"]
@@ -325,11 +327,10 @@ def _run(x: Tensor) -> tuple[bool, int]:
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    path = _compile()
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(f"{path} cannot be loaded: {error}") from error
+        library = _open()
+    except (OSError, ValueError) as error:  # ValueError: quotes in CXX that do not end
+        raise KernelsUnavailable(str(error)) from error
     pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     real, run = ctypes.c_double, [integer] * 2
     statistics = [pointer] * 4 + [real]
@@ -342,33 +343,63 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _compile() -> Path:
-    """The shared library, out of the user's cache; there is one for each source, compiler and kind of processor."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+def _open() -> ctypes.CDLL:
+    """The shared library, out of the user's cache, which has one for each source, compiler and kind of processor."""
+    command = shlex.split(os.environ.get("CXX") or "") or [shutil.which("g++") or shutil.which("c++")]
+    if command == [None]:
         raise KernelsUnavailable("there is no C++ compiler (g++)")
+    name = f"kernels-{_key(command)}.so"
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        processor = repr((platform.machine(), sorted(torch.cpu.get_capabilities().items()), _FLAGS)).encode()
-        sources = b"".join(path.read_bytes() for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]))
-        key = hashlib.sha256(sources + version + processor).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "od-cheap-convolution"
-        library = cache / f"kernels-{key}.so"
-        if not library.exists():
-            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-                # Linked without -fopenmp, for a second OpenMP runtime would fight with PyTorch's for the cores: what
-                # is left undefined is found in the one that PyTorch has loaded.
-                for step in (
-                    [*_FLAGS, "-c", _SOURCES / "kernels.cpp", "-o", compiled],
-                    ["-shared", compiled, "-o", linked],
-                ):
-                    subprocess.run([compiler, *step], capture_output=True, check=True)
-                linked.replace(library)  # in one piece, whoever else compiles at the same time
+        library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "od-cheap-convolution", name)
+        if not _is_whole(library):
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(library) as file:
+                file.write(_compile(command))
+        return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, UserError):  # it cannot be written or executed there; no home directory
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file is deleted
+            library = Path(folder, name)
+            library.write_bytes(_compile(command))
+            return ctypes.CDLL(str(library))
+
+
+def _key(command: list[str]) -> str:
+    """A hash of the sources, flags, and what the compiler says of itself and of the processor that is `native`."""
+    sources = b"".join(path.read_bytes() for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]))
+    macros = _run_compiler(command, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    return hashlib.sha256(sources + repr((_FLAGS, command[1:])).encode() + macros).hexdigest()[:16]
+
+
+def _compile(command: list[str]) -> bytes:
+    """The shared library; its SHA-256 stands at the end, where the loader does not look."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+        _run_compiler(command, *_FLAGS, "-c", _SOURCES / "kernels.cpp", "-o", compiled)
+        # Linked without -fopenmp, for a second OpenMP runtime would fight with PyTorch's for the cores: what is left
+        # undefined is found in the one that PyTorch has loaded.
+        _run_compiler(command, "-shared", compiled, "-o", linked)
+        content = linked.read_bytes()
+    return content + hashlib.sha256(content).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _run_compiler(command: list[str], *arguments: str | Path) -> bytes:
+    """What the compiler prints.
+
+    Raises:
+        KernelsUnavailable: it fails, with its first line that says error.
+    """
+    english = os.environ | {"LC_ALL": "C"}
+    try:
+        return subprocess.run([*command, *arguments], capture_output=True, check=True, env=english).stdout
     except subprocess.CalledProcessError as error:
-        message = error.stderr.decode(errors="replace").strip().splitlines()
-        raise KernelsUnavailable(f"{compiler} failed: {message[0] if message else error}") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
-        raise KernelsUnavailable(str(error)) from error
-    return library
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [str(error)]
+        line = next((line for line in lines if "error:" in line.lower()), lines[0])
+        raise KernelsUnavailable(f"{shlex.join(command)} failed: {line}") from error

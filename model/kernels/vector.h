@@ -16,7 +16,7 @@ constexpr int LANES = 8, PIXELS = 4;
 #endif
 constexpr int AHEAD = 4;               // pixels of a row at a time, whose filters share what they load
 constexpr int TAPS = 9;                // of a 3 x 3 filter
-constexpr int BLOCK = 1024;            // pixels that are summed in float32 before the sum goes on in double
+constexpr int BLOCK = 1024;            // pixels of a share of the work, and of a sum of gradients in float32 before it goes on in double
 constexpr int AHEAD_IN_MEMORY = 2048;  // numbers; what is fetched so early is there when a loop gets to it
 
 #define UNROLL _Pragma("GCC unroll 16")
