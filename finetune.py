@@ -150,11 +150,8 @@ def results(
     if not (standard := teacher):  # an untrained one, to compare costs with
         variant = variant_for(args.arch, args.teacher_model, size)
         standard = build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
-    if teacher:
-        rows = [Row(name, "standard", count(standard, size), *(accuracy(teacher, batches) for batches in splits))]
-    else:
-        rows = [Row(name, "standard", count(standard, size), *_recorded(known.get(name, {})))]
-    rows[0] = rows[0]._replace(network=standard)
+    found = [accuracy(teacher, batches) for batches in splits] if teacher else _recorded(known.get(name, {}))
+    rows = [Row(name, "standard", count(standard, size), *found, network=standard)]
     for title, role, network in (
         ("student, before", "before", before),
         ("student, refined", "student", trainer.best_student),

@@ -173,8 +173,8 @@ def results(
     standard = best if args.pretrain else teacher
     known = [accuracy(standard, batches) for batches in (loaders.val, loaders.test)] if standard else []
     standard = standard or build_standard(args, dataset)  # untrained, to compare costs with
-    rows = [Row(report.standard_name(args.teacher_model), "standard", count(standard, size), *known)]
-    rows[0] = rows[0]._replace(network=standard)
+    name = report.standard_name(args.teacher_model)
+    rows = [Row(name, "standard", count(standard, size), *known, network=standard)]
     if args.pretrain:
         return Results(rows)
     scores = [evaluate(learner, batches) for batches in (loaders.val, loaders.test)]

@@ -161,7 +161,7 @@ def difference(ours: Mean, theirs: Mean) -> str:
 def draw(study: Study, records: list[Record], path: Path) -> None:
     """One panel a table: accuracy of the networks against their parameters."""
     tables = {table: groups for table in study.tables if any((groups := grouped(records, table)).values())}
-    figure = Figure(figsize=(6.2 * len(tables), 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(tables), 5.6), layout="constrained")
     for axes, (table, groups) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         _draw_table(axes, table, groups)
     figure.suptitle(f"{study.title}: mean and standard error over seeds", fontsize=11)
@@ -170,20 +170,23 @@ def draw(study: Study, records: list[Record], path: Path) -> None:
 
 
 def _draw_table(axes: Axes, table: Table, groups: Groups) -> None:
-    rows = [(row, done) for row in table.rows if (done := trained(groups[row.variant]))]
-    for i, (row, done) in enumerate(rows):
-        mean, color = Mean.of(map(exported, done)), f"C{i % 10}"
-        place = done[0]["params"] * 1.03 ** (i - len(rows) / 2)  # networks of one size beside each other
-        marker = "*" if done[0]["conv"] is None else "o"
-        _point(axes, place, mean, marker, color, row.title)
-        if done[0]["online_teacher"] and "params" in done[0]["online_teacher"]:
-            place = done[0]["online_teacher"]["params"] * 1.03 ** (i - len(rows) / 2)
-            _point(axes, place, Mean.of(map(online_teacher, done)), "D", color, f"its online teacher: {row.title}")
+    points = []  # (parameters, accuracy, marker, color, label)
+    for i, row in enumerate(table.rows):
+        if done := trained(groups[row.variant]):
+            marker, online = "*" if done[0]["conv"] is None else "o", done[0]["online_teacher"] or {}
+            points.append((done[0]["params"], Mean.of(map(exported, done)), marker, f"C{i % 10}", row.title))
+            if "params" in online:
+                accuracy, label = Mean.of(map(online_teacher, done)), f"{row.title}: online teacher"
+                points.append((online["params"], accuracy, "D", f"C{i % 10}", label))
+    for size, mean, marker, color, label in points:
+        group = [point[-1] for point in points if point[0] == size]
+        place = size * 1.05 ** (group.index(label) - (len(group) - 1) / 2)  # beside each other, around their tick
+        error = 0 if math.isnan(mean.error) else mean.error
+        axes.errorbar(place, mean.mean, error, fmt=marker, markersize=6, capsize=2, color=color, label=label)
+    sizes = sorted({size for size, *_ in points})
     axes.set(title=table.title, xlabel="parameters", ylabel="test accuracy, top-1 %", xscale="log")
+    axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+    axes.set_xticks(sizes, [f"{size / 1e3:.1f} k" for size in sizes])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6)
-
-
-def _point(axes: Axes, place: float, mean: Mean, marker: str, color: str, label: str) -> None:
-    error = 0 if math.isnan(mean.error) else mean.error
-    axes.errorbar(place, mean.mean, error, fmt=marker, markersize=6, capsize=2, color=color, label=label)
+    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
