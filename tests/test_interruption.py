@@ -275,8 +275,8 @@ CAUGHT = """
 import os, signal, sys
 from utils.interruption import interruption
 
-if "ignored" in sys.argv:
-    signal.signal(getattr(signal, sys.argv[1]), signal.SIG_IGN)
+# Whatever started the tests, such as nohup, may ignore it.
+signal.signal(getattr(signal, sys.argv[1]), signal.SIG_IGN if "ignored" in sys.argv else signal.SIG_DFL)
 interruption.catch()
 os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 print("not interrupted")
