@@ -30,9 +30,9 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ from model import build, fused
 from model.conv import KINDS, Shift2d
 from model.online import OnlineTeacher
 from utils import options
-from utils.cost import count
+from utils.cost import count, time_in_turn
 from utils.device import COMPILED, GRAPH, autocast, describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.evaluation import evaluate
@@ -175,7 +175,7 @@ def main() -> None:
         for setting in settings:
             ours = Ours(setting, device, list(precisions)[-1], args.compile)
             batch = noise(setting.batch_size, device)
-            (seconds,) = timed_in_turn([ours], lambda variant, batch=batch: variant.step(*batch), steps, device)
+            (seconds,) = medians([ours], lambda variant, batch=batch: variant.step(*batch), steps, device)
             rate = setting.batch_size / seconds
             scaled.append(setting._asdict() | {"variant": ours.name, "images_per_second": rate})
     if args.json:
@@ -189,8 +189,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One record for each variant, the baseline first."""
     images, targets = noise(setting.batch_size, device)
-    times = timed_in_turn(variants, lambda variant: variant.step(images, targets), steps, device)
-    model_times = timed_in_turn(variants, lambda variant: forward_backward(variant, images), steps, device)
+    times = medians(variants, lambda variant: variant.step(images, targets), steps, device)
+    model_times = medians(variants, lambda variant: forward_backward(variant, images), steps, device)
     operations, elements = work(setting)
     records = []
     for variant, seconds, model_seconds in zip(variants, times, model_times, strict=True):
@@ -216,18 +216,17 @@ def compare(
     return records
 
 
-def timed_in_turn(
-    variants: list[Baseline | Ours], call: Callable[[Baseline | Ours], None], steps: int, device: torch.device
+def medians(
+    variants: list[Baseline | Ours], run: Callable[[Baseline | Ours], None], steps: int, device: torch.device
 ) -> list[float]:
-    """Median seconds of the call on each variant."""
+    """Median seconds of a run of each variant."""
+
+    def call(variant: Baseline | Ours) -> None:
+        variant.prepare()
+        run(variant)
+
     warm_up = 2 if device.type == "cpu" else GraphedStep.WARM_UP + 1
-    times = [[] for _ in variants]
-    for i in range(warm_up + steps):
-        for variant, taken in zip(variants, times, strict=True):
-            variant.prepare()
-            seconds = time_of(lambda variant=variant: call(variant), device)
-            if i >= warm_up:
-                taken.append(seconds)
+    times = time_in_turn([partial(call, variant) for variant in variants], device, steps, warm_up)
     return [statistics.median(taken) for taken in times]
 
 
@@ -240,7 +239,7 @@ def data_rates(setting: Setting, variant: Ours, device: torch.device, num_batche
     train = AugmentedBatches(split, setting.batch_size, mean, std, device, padding=4, flip=True, seed=0)
     test = Batches(split, variant.args.eval_batch_size, mean, std, device)
     runs = (lambda: variant.epoch(train), lambda: evaluate(variant.learner, test))
-    epoch, evaluation = (count / statistics.median(time_of(run, device) for _ in range(3)) for run in runs)
+    epoch, evaluation = (count / statistics.median(taken) for taken in time_in_turn(runs, device, rounds=3, warm_up=0))
     variant.learner.train()
     return epoch, evaluation
 
@@ -288,26 +287,19 @@ def measure_machine(device: torch.device, precisions: dict[str, None]) -> dict[s
 
 
 def best_of(call: Callable[[], Any], device: torch.device) -> float:
-    return min(time_of(call, device) for _ in range(6))
-
-
-def time_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
-    wait(device)
-    started = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - started
+    """Seconds of the fastest of six calls."""
+    (taken,) = time_in_turn([call], device, rounds=6, warm_up=0)
+    return min(taken)
 
 
 def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
     """Bytes that a call takes at its peak on top of what is there before; None where this is not known."""
     if device.type == "cuda":
-        wait(device)
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        wait(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -322,11 +314,6 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
-def wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def print_tables(

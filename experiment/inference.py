@@ -12,7 +12,6 @@ Medians. A ratio says how many times as fast as the standard network by PyTorch'
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from model import build, fused
 from model.conv import KINDS
 from utils import export
+from utils.cost import time_in_turn
 from utils.device import describe
 
 CLASSES = 10
@@ -77,14 +77,8 @@ def in_onnx(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, Cal
 
 def measure(passes: dict[Variant, Callable[[], object]], rounds: int) -> dict[Variant, float]:
     """Medians in ms."""
-    taken = {variant: [] for variant in passes}
-    for i in range(2 + rounds):
-        for variant, run in passes.items():
-            started = time.perf_counter()
-            run()
-            if i >= 2:
-                taken[variant].append(1e3 * (time.perf_counter() - started))
-    return {variant: statistics.median(times) for variant, times in taken.items()}
+    times = time_in_turn(list(passes.values()), torch.device("cpu"), rounds)
+    return {variant: 1e3 * statistics.median(taken) for variant, taken in zip(passes, times, strict=True)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, measured latency."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,14 +16,14 @@ from utils.errors import UserError, first_line
 
 
 class Cost(NamedTuple):
-    """params: numbers in the parameters; macs: multiply-accumulates of convolutions and Linear layers for one image."""
+    """params: number of parameters; macs: multiply-accumulates of convolutions and matrix products for one image."""
 
     params: int
     macs: int
 
 
 class Latency(NamedTuple):
-    """median: of repeated passes, in ms; spread: from the 10th to the 90th percentile, as a share of the median."""
+    """median: of repeated passes, in ms; spread: from the 10th to the 90th percentile, relative to the median."""
 
     median: float
     spread: float
@@ -31,7 +32,7 @@ class Latency(NamedTuple):
 def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     """Cost of `model` on one image of `input_size` (C, H, W), or (B, C, H, W) with any B.
 
-    Computes nothing and leaves the model as it is.
+    The model is not changed: a copy runs on the meta device.
     """
     with FlopCounterMode(display=False) as counter:
         _forward(model, input_size)
@@ -39,7 +40,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
 
 
 def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_classes: int) -> None:
-    """Raise a UserError unless `model` takes images of `input_size` (C, H, W) and gives num_classes logits of each."""
+    """Raise a UserError unless `model` maps an image of `input_size` (C, H, W) to num_classes logits."""
     try:
         logits = _forward(model, input_size)
     except OSError:
@@ -53,7 +54,7 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
 
 
 def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """What `model` returns for one image, in shape alone; in channels_last, as in training."""
+    """Output for one image, computed on the meta device, in channels_last as in training."""
     shadow = copy.deepcopy(model).to("meta", memory_format=torch.channels_last).eval()
     image = torch.empty(1, *input_size[-3:], device="meta").to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -61,7 +62,7 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 
 def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """The pass of a network over images (B, C, H, W), for `latency`; moves both to the device, in channels_last.
+    """A call of the network on images (B, C, H, W), for `latency`; moves both to the device, in channels_last.
 
     The network goes into eval mode.
     """
@@ -69,24 +70,34 @@ def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Ca
     return partial(network, images.to(device, memory_format=torch.channels_last))
 
 
-def latency(passes: Sequence[Callable[[], object]], device: torch.device) -> list[Latency]:
-    """What each of `passes`, functions that compute on the device, takes, by 5 to 30 calls after a warm-up.
-
-    They take turns, so that a change in the machine's load meets all of them.
-    """
-    wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
-    times = [[] for _ in passes]
+def latency(calls: Sequence[Callable[[], object]], device: torch.device) -> list[Latency]:
+    """Latency of each of `calls` in inference mode: 5 to 30 passes, as many as 2 s a call allow."""
     with torch.inference_mode():
-        for _ in range(3):
-            for run in passes:
-                run()
-        wait()
-        deadline = time.perf_counter() + 2.0 * len(passes)
-        while len(times[0]) < 5 or (len(times[0]) < 30 and time.perf_counter() < deadline):
-            for run, taken in zip(passes, times, strict=True):
-                started = time.perf_counter()
-                run()
-                wait()
-                taken.append(1e3 * (time.perf_counter() - started))
-    quantiles = [np.percentile(taken, (10, 50, 90)).tolist() for taken in times]
+        times = time_in_turn(calls, device, rounds=30, warm_up=3, limit=2.0 * len(calls))
+    quantiles = [(1e3 * np.percentile(taken, (10, 50, 90))).tolist() for taken in times]
     return [Latency(median, (high - low) / median) for low, median, high in quantiles]
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, warm_up: int = 2, limit: float = math.inf
+) -> list[list[float]]:
+    """Seconds of each pass of every call; the calls take turns, so that a change in load affects all of them alike.
+
+    Args:
+        rounds: timed passes of each call; when `limit` seconds are over, 5 are enough.
+        warm_up: passes of each call before the timed ones.
+    """
+    synchronize = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
+    times = [[] for _ in calls]
+    for _ in range(warm_up):
+        for call in calls:
+            call()
+    synchronize()
+    deadline = time.perf_counter() + limit
+    while len(times[0]) < min(5, rounds) or (len(times[0]) < rounds and time.perf_counter() < deadline):
+        for call, taken in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            synchronize()
+            taken.append(time.perf_counter() - started)
+    return times
