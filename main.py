@@ -12,172 +12,138 @@ from utils.interruption import interruption
 if __name__ == "__main__":
     terminal.guard()
     interruption.catch()
-    ARGS = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
+    CONFIG = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-import data
-from data.loader import Batches, Loaders, make_loaders
 from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
-from model.online import Students, with_online_teacher
-from utils import checkpoint, distributed, export, inputs, report
-from utils.consistency import has_online_teacher, settle_main
+from model.online import Students
+from utils import checkpoint, inputs, report
+from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import check_fits, count
-from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.errors import UserError, run_script
 from utils.evaluation import accuracies, accuracy, evaluate
-from utils.job import Job
+from utils.methods import METHODS
 from utils.report import Results, Row
-from utils.teacher import check_accuracy, pretrained_teacher, start_from, with_normalization_of
+from utils.setup import Run, prepare
+from utils.teacher import start_from
 
 
-def main(args: argparse.Namespace) -> None:
-    # Everything that can be wrong comes first: nothing is written before all of it is in order.
-    tested = checkpoint_to_test(args) if args.test_only else None
-    export.check_packages(args.export)
-    device = distributed.start(pick_device(args.device))
-    precision = pick_precision(args.precision, device)
-    execution = pick_execution(args.compile, device)
-    if not tested:
-        resolve_networks(args)
-    job = Job(args.job_dir, options.configuration(args))
-    resumed = None if args.test_only else job.checkpoint_to_resume(args.resume, args.reset, [args.teacher_dir])
-    with distributed.first_on_each_machine():
-        dataset = data.load(args.dataset, args.data_dir, args.val_size, args.workers, args.image_size, args.train_size)
-    if tested:
-        dataset = checkpoint.as_trained(dataset, tested["meta"], tested["path"])
-    teacher, remarks = pretrained_teacher(args, dataset, device)
-    if args.init == "teacher":
-        dataset, teacher = with_normalization_of(teacher, dataset)
-    loaders = make_loaders(dataset, args.train_batch_size, args.eval_batch_size, args.seed, device, args.workers)
-    if args.test_only:
-        learner = tested and restore_learner(args, tested, dataset).to(device, memory_format=torch.channels_last)
-        print_test(args, learner, teacher, loaders.test)
+def main(config: Config) -> None:
+    if config.test_only:
+        print_test(config)
         return
-    torch.manual_seed(args.seed)
-    learner = build_learner(args, dataset, teacher)
-    start = start_from(teacher, learner.students) if args.init == "teacher" else "from random weights"
-    trainer = Trainer(learner, teacher, args, device, precision, execution)
-    meta = describe_run(args, dataset, teacher, learner, start)
-    if resumed:
-        trainer.resume(resumed, meta, args.force)
-    found = check_accuracy(teacher, loaders.val, dataset.val.targets, args.force) if teacher else None
+    config = with_networks(config)
+    run = prepare(config, [config.teacher_dir])
+    torch.manual_seed(config.seed)
+    learner = build_learner(config, run.dataset, run.teacher)
+    start = "from random weights"
+    if config.init == "teacher":
+        start = start_from(run.teacher, learner.students)
+    trainer = run.trainer(learner)
+    meta = describe_run(config, run.dataset, run.teacher, learner, start)
+    run.train(trainer, meta, [f"students start {start}"] if config.init == "teacher" else [])
 
-    job.open(resumed, trainer.epoch, args.reset)
-    job.logger.info(f"{report.headline(dataset)}; {describe(device)}, {precision}, {execution}")
-    for note in report.repeated(dataset):
-        job.logger.info(note)
-    if args.resume:
-        job.logger.info(f"resuming after {trainer.reached}" if resumed else "no checkpoint yet: starting anew")
-    if teacher:
-        role = "" if args.miu else ", only to compare with"
-        for line in (f"pretrained teacher: {found} on the validation set{role}", *remarks):
-            job.logger.info(line)
-    if args.init == "teacher":
-        job.logger.info(f"students start {start}")
-    trainer.fit(loaders.train, loaders.val, job, meta)
-
-    trainer.load_best(job)
-    found = results(args, trainer, teacher, loaders, dataset)
-    if args.export_teacher:
-        report.publish_teacher(job, found, meta, loaders.test, args.export)
-    report.publish(job, found, trainer, meta, dataset, device, loaders.test, args.export)
-    job.close()
-    distributed.stop()
+    found = results(run, trainer)
+    if config.export_teacher:
+        report.publish_teacher(run.job, found, meta, run.loaders.test, config.export)
+    report.publish(run.job, found, trainer, meta, run.dataset, run.device, run.loaders.test, config.export)
+    run.end()
 
 
-def resolve_networks(args: argparse.Namespace) -> None:
-    """Raise a UserError for networks that cannot be built, before data is read; settles --arch and --pruned_num."""
-    args.arch = args.arch or architecture_of(args.teacher_model)
-    check_teacher(args.arch, args.teacher_model)
-    if args.pretrain:
-        args.pruned_num = 0
-    else:
-        check_architecture(args.arch, args.student_model)
-        args.pruned_num = count_cheap(build_student(args, num_classes=1))
+def with_networks(config: Config) -> Config:
+    """The configuration, with the architecture and the number of cheap convolutions that flags left open.
+
+    Raises:
+        UserError: a network cannot be built.
+    """
+    config = replace(config, arch=config.arch or architecture_of(config.teacher_model))
+    check_teacher(config.arch, config.teacher_model)
+    if config.pretrain:
+        return replace(config, pruned_num=0)
+    check_architecture(config.arch, config.student_model)
+    return replace(config, pruned_num=count_cheap(build_student(config, num_classes=1)))
 
 
-def build_student(args: argparse.Namespace, num_classes: int, **variant: Any) -> nn.Module:
-    return build(args.student_model, num_classes, args.conv, args.groups, args.pruned_num, args.arch, **variant)
+def build_student(config: Config, num_classes: int, **variant: Any) -> nn.Module:
+    return build(
+        config.student_model, num_classes, config.conv, config.groups, config.pruned_num, config.arch, **variant
+    )
 
 
-def build_standard(args: argparse.Namespace, dataset: DataSet) -> nn.Module:
+def build_standard(config: Config, dataset: DataSet) -> nn.Module:
     """The standard network, untrained."""
-    variant = variant_for(args.arch, args.teacher_model, dataset.input_size)
-    return build(args.teacher_model, len(dataset.classes), arch=args.arch, **variant)
+    variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
+    return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
 
 
-def build_learner(args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None) -> Students:
+def build_learner(config: Config, dataset: DataSet, teacher: nn.Module | None) -> Students:
     """The learner, untrained: the standard network alone, or students, with the teacher that --method makes of them.
 
-    One student that no online teacher teaches (--lambda 0) needs none. Students that start from the weights of the
-    pretrained teacher are of its variant of the network, such as its kind of shortcut.
+    Students that start from the weights of the pretrained teacher are of its variant of the network, such as its kind
+    of shortcut.
 
     Raises:
         UserError: the networks do not take such images, or do not tell so many classes apart.
     """
-    num_classes = len(dataset.classes)
-    if args.pretrain:
-        networks = [build_standard(args, dataset)]
+    if config.pretrain:
+        networks = [build_standard(config, dataset)]
     else:
-        variant = variant_for(args.arch, args.student_model, dataset.input_size)
-        variant |= teacher.variant if args.init == "teacher" else {}
-        networks = [build_student(args, num_classes, **variant) for _ in range(args.num_students)]
-    return learner_of(args, networks, dataset)
+        variant = variant_for(config.arch, config.student_model, dataset.input_size)
+        variant |= teacher.variant if config.init == "teacher" else {}
+        networks = [build_student(config, len(dataset.classes), **variant) for _ in range(config.num_students)]
+    return learner_of(config, networks, dataset)
 
 
-def learner_of(args: argparse.Namespace, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
+def learner_of(config: Config, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
     """The networks, with the teacher that --method makes of them."""
-    check_fits(networks[0], trained_model(args), dataset.input_size, len(dataset.classes))
-    if has_online_teacher(args):
-        return with_online_teacher(args.method, networks, len(dataset.classes))
-    return Students(networks)
+    check_fits(networks[0], trained_model(config), dataset.input_size, len(dataset.classes))
+    return METHODS[config.method].learner(config, networks, len(dataset.classes))
 
 
-def trained_model(args: argparse.Namespace) -> str:
-    return args.teacher_model if args.pretrain else args.student_model
+def trained_model(config: Config) -> str:
+    return config.teacher_model if config.pretrain else config.student_model
 
 
 def describe_run(
-    args: argparse.Namespace, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str
+    config: Config, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str
 ) -> dict[str, Any]:
     """The metadata of this run's checkpoints and of the network that it exports."""
-    config = options.configuration(args)
+    recorded = config.recorded()
     return {
-        "arch": config["arch"],
-        "model": trained_model(args),
-        "conv": args.conv,
-        "groups": args.groups,
-        "pruned_num": args.pruned_num,
+        "arch": recorded["arch"],
+        "model": trained_model(config),
+        "conv": config.conv,
+        "groups": config.groups,
+        "pruned_num": config.pruned_num,
         "build": learner.students[0].variant,
         "start": start,
         **dataset.meta,
-        "inputs": inputs.describe(dataset, args.data_dir, teacher=teacher),
-        "config": config,
+        "inputs": inputs.describe(dataset, config.data_dir, teacher=teacher),
+        "config": recorded,
     }
 
 
-def results(
-    args: argparse.Namespace, trainer: Trainer, teacher: nn.Module | None, loaders: Loaders, dataset: DataSet
-) -> Results:
+def results(run: Run, trainer: Trainer) -> Results:
     """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
-    learner, best, size = trainer.learner, trainer.best_student, dataset.input_size
-    standard = best if args.pretrain else teacher
-    known = [accuracy(standard, batches) for batches in (loaders.val, loaders.test)] if standard else []
-    standard = standard or build_standard(args, dataset)  # untrained, to compare costs with
-    name = report.standard_name(args.teacher_model)
+    config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
+    splits = (run.loaders.val, run.loaders.test)
+    standard = best if config.pretrain else run.teacher
+    known = [accuracy(standard, batches) for batches in splits] if standard else []
+    standard = standard or build_standard(config, run.dataset)  # untrained, to compare costs with
+    name = report.standard_name(config.teacher_model)
     rows = [Row(name, "standard", count(standard, size), *known, network=standard)]
-    if args.pretrain:
+    if config.pretrain:
         return Results(rows)
-    scores = [evaluate(learner, batches) for batches in (loaders.val, loaders.test)]
+    scores = [evaluate(learner, batches) for batches in splits]
     val, test = map(accuracies, scores)
     for i, student in enumerate(learner.students):
         name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
@@ -187,42 +153,34 @@ def results(
     return Results(rows, scores[1].get("disagreement"))
 
 
-def checkpoint_to_test(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The training checkpoint that --test_only means, and its `path`; flags that were not typed are set as it says.
-
-    None if there is none, and a pretrained teacher to evaluate alone.
+def print_test(config: Config) -> None:
+    """Print the test accuracies of the pretrained teacher and of the networks of a training checkpoint, if given.
 
     Raises:
-        UserError: neither; a damaged file; flags that contradict it.
+        UserError: neither is given; a damaged file; flags that contradict it.
     """
-    path = args.job_dir / options.BEST if args.resume in (None, options.RESUME_LAST) else args.resume
-    if args.resume is None and not path.exists():
-        if not args.teacher_dir:
+    path = config.job_dir / BEST if config.resume in (None, RESUME_LAST) else config.resume
+    if config.resume is None and not path.exists():
+        if not config.teacher_dir:
             raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
-        settle_main(args)
-        return None
-    content = checkpoint.load_checkpoint(path)
-    meta = checkpoint.with_code(path, content["meta"], args.arch)
-    options.take_from_run(args, meta["config"] | {"arch": meta["arch"]}, path)
-    return content | {"path": path, "meta": meta}
-
-
-def restore_learner(args: argparse.Namespace, tested: dict[str, Any], dataset: DataSet) -> Students:
-    learner = learner_of(args, checkpoint.all_students(tested["path"], tested, args.arch), dataset)
-    checkpoint.load_weights(learner, tested["model"], str(tested["path"]))
-    return learner
-
-
-def print_test(args: argparse.Namespace, learner: Students | None, teacher: nn.Module | None, test: Batches) -> None:
-    """Print the test accuracies of the pretrained teacher and of the networks of a training checkpoint, if given."""
-    found = {"pretrained teacher": accuracy(teacher, test)} if teacher else {}
+        run, learner = prepare(with_networks(options.settle_main(config)), []), None
+    else:
+        content = checkpoint.load_checkpoint(path)
+        meta = checkpoint.with_code(path, content["meta"], config.arch)
+        config = options.for_test(config, meta["config"] | {"arch": meta["arch"]}, path)
+        run = prepare(config, [], trained=(path, meta))
+        content |= {"meta": meta}
+        learner = learner_of(config, checkpoint.all_students(path, content, config.arch), run.dataset)
+        checkpoint.load_weights(learner, content["model"], str(path))
+        learner = learner.to(run.device, memory_format=torch.channels_last)
+    found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:
         several = [f"student {i + 1}" for i in range(len(learner.students))]
-        names = [args.teacher_model] if args.pretrain else [*several, report.ONLINE_TEACHER]
-        found |= zip(names, accuracies(evaluate(learner, test)), strict=False)
+        names = [config.teacher_model] if config.pretrain else [*several, report.ONLINE_TEACHER]
+        found |= zip(names, accuracies(evaluate(learner, run.loaders.test)), strict=False)
     for name, value in found.items():
         print(f"{name}: {value} on the test set")
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(ARGS))
+    run_script(lambda: main(CONFIG))

@@ -132,7 +132,7 @@ class Ours:
         self.trainer.epoch += 1
         batches.set_epoch(self.trainer.epoch)
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            job = Job(Path(folder), options.configuration(self.args))
+            job = Job(Path(folder), self.args.recorded())
             job.open(None, 0, reset=False)
             self.trainer.train_one_epoch(batches, job)
             job.close()

@@ -35,6 +35,7 @@ import torch
 from experiment.results import networks_folder, read_records, records_file, write_results
 from experiment.studies import STUDIES, Row, Table
 from utils import checkpoint, options
+from utils.config import MAY_CHANGE
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,8 +178,8 @@ class Runner:
         if not path.exists():
             return
         was = json.loads(path.read_text(encoding="utf-8"))
-        now = options.configuration(options.parse("main", self.command(run)[1:]))
-        for name in sorted(set(now) - options.MAY_CHANGE | {"num_epochs"}):
+        now = options.parse("main", self.command(run)[1:]).recorded()
+        for name in sorted(set(now) - MAY_CHANGE | {"num_epochs"}):
             if now[name] not in (None, was.get(name)):  # None: main.py settles it later
                 raise UserError(
                     f"{path.parent} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or give "

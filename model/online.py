@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from model.fused import norm_relu
-from utils.errors import UserError
 
 
 class Students(nn.Module):
@@ -78,16 +77,3 @@ class GatedEnsemble(Students):
         pooled = torch.cat([f.mean((2, 3)) for f in features], dim=1)
         gate = self.norm(self.fc(pooled)).relu().softmax(dim=1)
         return logits, torch.einsum("bn,nbk->bk", gate, logits)
-
-
-def with_online_teacher(method: str, students: Sequence[nn.Module], num_classes: int) -> Students:
-    """The students with the online teacher that a method makes of them.
-
-    Raises:
-        UserError (a ValueError): the method has none.
-    """
-    if method == "od":
-        return OnlineTeacher(students, num_classes)
-    if method == "one":
-        return GatedEnsemble(students)
-    raise UserError(f"the method '{method}' has no online teacher")

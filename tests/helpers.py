@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from utils.checkpoint import load_checkpoint
-from utils.options import completed
+from utils.config import completed
 
 ROOT = Path(__file__).resolve().parent.parent
 

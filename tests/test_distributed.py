@@ -23,6 +23,7 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import ROOT, make_tree, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
+from utils.config import resume_command
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.evaluation import confusion, evaluate
@@ -126,7 +127,7 @@ def test_variables_of_one_process_need_no_torchrun(monkeypatch):
     assert distributed.start(device) == device
     with distributed.first_on_each_machine():
         pass
-    assert options.resume_command()
+    assert resume_command()
 
 
 def uneven_step(images, targets):

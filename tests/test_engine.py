@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import meta
 from utils import options
 from utils.checkpoint import best_student, load_checkpoint
+from utils.config import completed
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.evaluation import evaluate
@@ -51,7 +53,7 @@ def batch(count=6, num_classes=4):
 def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
     """Two steps in float64, against the update rule written out."""
     args = arguments("--lr", 0.05, "--momentum", 0.8, "--weight_decay", 0.01, "--lambda", 0.7, "--temperature", 3)
-    args.miu = 0.4
+    args = replace(args, miu=0.4)
     learner, reference = online_teacher().double(), online_teacher().double()
     teacher = pretrained_teacher().double()
     trainer = Trainer(learner, teacher, args, CPU, "fp32")
@@ -112,8 +114,7 @@ def test_accumulation_is_the_average_over_the_parts_of_a_batch():
 def test_pretrained_teacher_stays_frozen_and_in_eval_mode():
     teacher = pretrained_teacher()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    args = arguments()
-    args.miu = 1.0
+    args = replace(arguments(), miu=1.0)
     trainer = Trainer(online_teacher(), teacher, args, CPU, "fp32")
     trainer.learner.train()
     losses, *_ = trainer.train_step(*batch())
@@ -168,7 +169,7 @@ def test_every_step_takes_its_own_rate(job, monkeypatch):
 
 @pytest.fixture
 def job(tmp_path):
-    job = Job(tmp_path / "job", options.configuration(arguments()))
+    job = Job(tmp_path / "job", arguments().recorded())
     job.open(None, epoch=0, reset=False)
     yield job
     job.close()
@@ -229,7 +230,7 @@ class Forgetful(torch.nn.Module):
 
 def test_dropout_draws_the_same_after_a_resume(job):
     args = arguments("--num_epochs", 3, "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9)
-    meta = META | {"config": options.configuration(args)}
+    meta = META | {"config": args.recorded()}
 
     def trainer():
         torch.manual_seed(0)
@@ -250,7 +251,7 @@ def test_run_goes_on_exactly_from_any_step(job):
     """A run is saved after every step, and gone on with from each of those states."""
     flags = ("--num_epochs", 2, "--num_students", 1, "--lambda", 0, "--print_freq", 4)
     args = arguments(*flags, "--save_every_minutes", 1e-9)
-    meta = META | {"config": options.configuration(args)}
+    meta = META | {"config": args.recorded()}
 
     def trainer():
         torch.manual_seed(0)
@@ -288,7 +289,7 @@ def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
     args = arguments("--num_students", 1, "--lambda", 0, "--save_every_minutes", 1e-9)
     trainer = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
     trainer.epoch = 1
-    trainer.train_one_epoch(loaders()[0], job, META | {"config": options.configuration(args)})
+    trainer.train_one_epoch(loaders()[0], job, META | {"config": args.recorded()})
     assert load_checkpoint(job.last)["progress"]["position"] == 6
     with pytest.raises(UserError, match="is of a run's first epoch"):
         best_student(job.last)
@@ -313,14 +314,14 @@ def test_resume_refuses_what_would_be_another_run(job, flags, message):
     args, changed = arguments(*base), arguments(*base, *flags)
     first = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
     first.num_epochs = 1
-    first.fit(*loaders(), job, META | {"config": options.configuration(args)})
+    first.fit(*loaders(), job, META | {"config": args.recorded()})
     with pytest.raises(UserError, match=message):
         Trainer(Students([Forgetful()]), None, changed, CPU, "fp32").resume(
-            job.last, META | {"config": options.configuration(changed)}
+            job.last, META | {"config": changed.recorded()}
         )
     with pytest.raises(UserError, match="other data"):
         Trainer(Students([Forgetful()]), None, args, CPU, "fp32").resume(
-            job.last, META | {"config": options.configuration(args), "classes": ["another"]}
+            job.last, META | {"config": args.recorded(), "classes": ["another"]}
         )
 
 
@@ -329,11 +330,9 @@ def test_length_of_a_cosine_schedule_is_fixed(job):
         arguments("--scheduler", "cosine", "--num_epochs", n, "--num_students", 1, "--lambda", 0) for n in (1, 2)
     )
     first = Trainer(Students([Forgetful()]), None, short, CPU, "fp32")
-    first.fit(*loaders(), job, META | {"config": options.configuration(short)})
+    first.fit(*loaders(), job, META | {"config": short.recorded()})
     with pytest.raises(UserError, match="with --num_epochs 1, not with --num_epochs 2"):
-        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(
-            job.last, META | {"config": options.configuration(long)}
-        )
+        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(job.last, META | {"config": long.recorded()})
 
 
 NEWER_FLAGS = {
@@ -346,7 +345,7 @@ def of_forgetful(*flags):
     """A trainer of one student, and the metadata of its run; it has no online teacher."""
     args = arguments("--teacher_model", "resnet_20", "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9, *flags)
     torch.manual_seed(0)
-    return Trainer(Students([Forgetful()]), None, args, CPU, "fp32"), META | {"config": options.configuration(args)}
+    return Trainer(Students([Forgetful()]), None, args, CPU, "fp32"), META | {"config": args.recorded()}
 
 
 def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
@@ -378,7 +377,7 @@ def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
     ],
 )
 def test_method_of_versions_that_had_no_choice(config, method):
-    assert options.completed(config)["method"] == method
+    assert completed(config)["method"] == method
 
 
 def test_fewer_epochs_than_were_trained_are_refused(job):

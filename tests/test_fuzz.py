@@ -252,7 +252,7 @@ def resumable(tmp_path_factory):
     started.train_step(torch.randn(4, 3, 2, 2), torch.arange(4))
     started.scores = {"accuracy": {"students": [10.0], "online_teacher": 9.0}, "loss": {"students": [2.0]}}
     exported(folder / "student.pt")
-    meta = load_student(folder / "student.pt")[1] | {"config": options.configuration(options.parse("main", FLAGS))}
+    meta = load_student(folder / "student.pt")[1] | {"config": options.parse("main", FLAGS).recorded()}
     for name in ("last.pt", "model_best.pt"):
         checkpoint.save(folder / name, started._state(meta))
     return folder, meta

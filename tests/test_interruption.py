@@ -19,8 +19,8 @@ import torch
 import data
 from data.streaming import Shuffled
 from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
-from utils import options
 from utils.checkpoint import load_checkpoint
+from utils.config import resume_command
 from utils.errors import UserError
 from utils.lock import FRESH, Lock
 
@@ -319,7 +319,7 @@ def test_signal_while_a_process_ends_changes_nothing(main, expected):
 )
 def test_command_to_resume(monkeypatch, flags, expected):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "main.py", *flags])
-    assert shlex.split(options.resume_command()) == [sys.executable, "-u", "main.py", *expected]
+    assert shlex.split(resume_command()) == [sys.executable, "-u", "main.py", *expected]
 
 
 # --- started twice

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from utils.losses import mutual_learning, objective, online_distillation
+from utils.config import Config
+from utils.losses import mutual_learning, online_distillation
+from utils.methods import METHODS
 
 N, B, K = 3, 5, 4
 
@@ -155,9 +157,13 @@ def test_detached_online_teacher_learns_from_targets_alone(logits):
     torch.testing.assert_close(gradients[0], torch.autograd.grad(mutual["loss"], student)[0])
 
 
+def objective(method, lam=0.0, temperature=4.0, miu=0.0):
+    return METHODS[method].objective(Config(lam=lam, temperature=temperature, miu=miu))
+
+
 def test_rampup_is_a_factor_of_the_online_term(logits):
     student, teacher, pretrained, targets = logits
-    for function in (objective("od", 0.8, 4.0, 1.0, "batchmean"), objective("dml", 1.0, 1.0, 0.0, "batchmean")):
+    for function in (objective("od", lam=0.8, miu=1.0), objective("dml", lam=1.0)):
         whole = function(student, teacher, targets, pretrained_logits=pretrained)
         for rampup in (0.25, torch.tensor(0.25)):
             losses = function(student, teacher, targets, pretrained_logits=pretrained, rampup=rampup)
@@ -171,7 +177,7 @@ def test_objectives_of_the_methods(logits):
     student, teacher, pretrained, targets = logits
 
     def terms(method, teacher, lam, temperature, miu):
-        losses = objective(method, lam, temperature, miu, "batchmean")(
+        losses = objective(method, lam=lam, temperature=temperature, miu=miu)(
             student, teacher, targets, pretrained_logits=pretrained if miu else None
         )
         return losses["loss"], {name: term.item() for name, term in losses.items() if name != "loss"}

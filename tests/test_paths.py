@@ -10,6 +10,7 @@ import finetune
 import main
 from tests.helpers import make_tree
 from utils import options, tables
+from utils.config import RESUME_LAST
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.job import Job
@@ -67,7 +68,7 @@ def test_a_link_to_nothing_in_the_place_of_a_folder_is_named(tmp_path, name):
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("flags", [(None, False), (options.RESUME_LAST, False), (None, True)])
+@pytest.mark.parametrize("flags", [(None, False), (RESUME_LAST, False), (None, True)])
 def test_a_run_that_ended_meanwhile_is_not_overwritten(tmp_path, flags):
     """Between a run's first look at its folder and its start lie the seconds in which it reads the data."""
     slow, fast = (Job(tmp_path / "job", CONFIG) for _ in range(2))

@@ -327,7 +327,7 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
     for target in order[8:] if last else order[:4]:
         paths[target].write_bytes(b"")
     args = options.parse("main", ["--num_students", "1", "--lambda", "0", "--lr", "1e-30", "--print_freq", "2"])
-    job = Job(tmp_path / "job", options.configuration(args))
+    job = Job(tmp_path / "job", args.recorded())
     job.open(None, epoch=0, reset=False)
     torch.manual_seed(0)
     trainer = Trainer(Students([Tiny()]), None, args, CPU, "fp32")

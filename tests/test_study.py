@@ -202,7 +202,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_none(tmp_path, mo
 def test_a_run_with_other_flags_is_not_taken_for_the_one_in_the_grid(tmp_path):
     runner = study.Runner(tmp_path, None, jobs=1)
     run = next(run for run in study.grid("digits") if run.row.variant == "od")
-    config = options.configuration(options.parse("main", runner.command(run)[1:]))
+    config = options.parse("main", runner.command(run)[1:]).recorded()
     path = runner.job_dir(run) / "config.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(config | {"pruned_num": 18, "workers": 7}))

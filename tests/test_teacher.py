@@ -1,5 +1,7 @@
 """The pretrained teacher sees images as it was trained to, and must know better than guessing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -180,9 +182,7 @@ def of_digits(path, **changes):
 
 
 def load(flags, dataset):
-    args = options.parse("main", flags)
-    args.arch = "resnet"
-    return pretrained_teacher(args, dataset, CPU)
+    return pretrained_teacher(replace(options.parse("main", flags), arch="resnet"), dataset, CPU)
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path):

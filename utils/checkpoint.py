@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from data.sources import DataSet
 from model import build, check_architecture
 from model.external import is_file
-from model.online import Ensemble, with_online_teacher
+from model.online import Ensemble
+from utils.config import completed
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.options import completed
+from utils.methods import METHODS
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -283,7 +284,7 @@ def _restore(
             networks = [build(meta["model"], **specification, **meta.get("build", {})) for _ in range(count)]
             if not ensemble:
                 return networks[0]
-            return Ensemble(with_online_teacher(ensemble["method"], networks, meta["num_classes"]))
+            return Ensemble(METHODS[ensemble["method"]].online_teacher(networks, meta["num_classes"]))
         except Exception as error:  # whatever is wrong with what the file says
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 

@@ -1,6 +1,5 @@
 """The training loop, shared by main.py and finetune.py."""
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -16,14 +15,15 @@ from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
-from utils import checkpoint, distributed, inputs, options
+from utils import checkpoint, distributed, inputs
+from utils.config import Config, as_typed, changed_flag
 from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment
 from utils.errors import UserError
 from utils.evaluation import Scores, all_logits, by_network, evaluate, summarize
 from utils.graphs import GraphedStep
 from utils.interruption import interruption
 from utils.job import Job, flatten
-from utils.losses import objective
+from utils.methods import METHODS
 from utils.progress import Progress, set_random_state
 from utils.schedule import Schedule
 
@@ -47,7 +47,7 @@ class Trainer:
         self,
         learner: Students,
         teacher: nn.Module | None,
-        args: argparse.Namespace,
+        args: Config,
         device: torch.device,
         precision: str,
         execution: str = PLAIN,
@@ -58,9 +58,7 @@ class Trainer:
         self.environment, self.differences = environment(device, precision, execution), ""
         self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
         self.save_every = 60 * args.save_every_minutes if args.save_every_minutes else math.inf  # seconds
-        self.objective = objective(
-            args.method, args.lam, args.temperature, args.miu, args.kl_reduction, args.detach_teacher
-        )
+        self.objective = METHODS[args.method].objective(args)
         self.optimizer = torch.optim.SGD(
             learner.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
         )
@@ -262,8 +260,8 @@ class Trainer:
         """
         content = checkpoint.load_checkpoint(path)
         was, config = content["meta"], content["meta"]["config"]
-        if name := options.changed_flag(config, meta["config"]):
-            before, now = (options.as_typed(name, values.get(name)) for values in (config, meta["config"]))
+        if name := changed_flag(config, meta["config"]):
+            before, now = (as_typed(name, values.get(name)) for values in (config, meta["config"]))
             raise UserError(f"{path} was trained {before}, not {now}: resume it {before}")
         if not force:
             inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)

@@ -25,10 +25,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from data.loader import Batches
 from model.conv import CheapConv2d, Shift2d
+from utils.config import FORMATS
 from utils.errors import UserError, first_line
 from utils.files import atomic_write
 from utils.job import deployed
-from utils.options import FORMATS
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of the logits

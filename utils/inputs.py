@@ -1,6 +1,5 @@
 """What a run computes from: fingerprints of its images and of networks that were trained before."""
 
-import argparse
 import hashlib
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from data.sources import DataSet, Split
+from utils.config import Config
 from utils.errors import UserError
 
 TITLES = {
@@ -41,19 +41,20 @@ def check_same(was: dict[str, Any], now: dict[str, Any], source: Path) -> None:
             raise UserError(f"{source} was trained with other {title}{counts}: give the same, or go on with --force")
 
 
-def check_unseen(meta: dict[str, Any], dataset: DataSet, args: argparse.Namespace, source: Path) -> None:
+def check_unseen(meta: dict[str, Any], dataset: DataSet, config: Config, source: Path) -> None:
     """Raise a UserError if a network of this project was trained on images of the validation set.
 
     Args:
         meta: of the network, which `source` holds.
     """
     then = meta["config"]
-    if then["dataset"] != args.dataset or args.val_size in (0, then["val_size"]):
+    if then["dataset"] != config.dataset or config.val_size in (0, then["val_size"]):
         return
-    if meta.get("inputs", {}).get("val") != _images(dataset.val, args.data_dir):  # equal in a folder with its own val/
+    # A folder that has its own val/ gives the same validation images whatever the val_size.
+    if meta.get("inputs", {}).get("val") != _images(dataset.val, config.data_dir):
         raise UserError(
-            f"--val_size {args.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be validated "
-            f"on images that it was trained on; give --val_size {then['val_size']:g}"
+            f"--val_size {config.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be "
+            f"validated on images that it was trained on; give --val_size {then['val_size']:g}"
         )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from utils import distributed
+from utils.config import BEST, FORMATS, LAST, RESUME_LAST, resume_command
 from utils.errors import UserError
 from utils.events import Events, wall_times
 from utils.files import atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 from utils.lock import Lock
-from utils.options import BEST, FORMATS, LAST, RESUME_LAST, resume_command
 from utils.terminal import log, log_to
 
 PHASES = ("train", "test")

@@ -11,35 +11,11 @@ distillation (arXiv 1503.02531), with the pretrained teacher alone; ONE (arXiv 1
 students as the online teacher (`model.online.GatedEnsemble`), detached.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 REDUCTIONS = ("batchmean", "element")
-
-# (student_logits, teacher_logits, targets, pretrained_logits=, rampup=) -> the loss and its terms
-Objective = Callable[..., dict[str, Tensor]]
-
-
-def objective(
-    method: str, lam: float, temperature: float, miu: float, reduction: str, detach_teacher: bool = False
-) -> Objective:
-    """The objective of `--method`, with its weights."""
-    if method == "dml":
-        return lambda student_logits, _, targets, pretrained_logits=None, rampup=1.0: mutual_learning(
-            student_logits, targets, lam, temperature, reduction, rampup
-        )
-    return partial(
-        online_distillation,
-        lam=lam,
-        temperature=temperature,
-        miu=miu,
-        reduction=reduction,
-        detach_teacher=detach_teacher or method == "one",
-    )
 
 
 def online_distillation(

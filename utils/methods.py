@@ -1,38 +1,167 @@
-"""The methods that --method names, the paper's and those that it is compared with."""
+"""The methods that --method names: one class each, the paper's and those that it is compared with.
 
-from typing import NamedTuple
+To add a method, add a subclass of `Method` with a `name` and a row to the table of the README. Imports no torch until a
+learner or an objective is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from model.online import Students
+    from utils.config import Config
+
+    # (student_logits, teacher_logits, targets, pretrained_logits=, rampup=) -> the loss and its terms
+    Objective = Callable[..., dict[str, Tensor]]
 
 
-class Method(NamedTuple):
-    """What a method is where flags do not say otherwise.
+class Method:
+    """Students, perhaps with an online teacher made of them, and the loss that trains them.
 
     Attributes:
-        title: its name for people.
-        num_students: that it trains side by side.
-        lam: weight of the online term, from which the students learn of each other; 0: it has none.
-        temperature: T of the softened distributions.
-        rampup: share of the epochs in which the weight of the online term rises from 0.
-        pretrained: it learns from a pretrained teacher.
+        name: for --method.
+        title: for people.
+        num_students: default of --num_students, and `fewest_students` the least.
+        lam: default of --lambda, the weight of the online term; 0: the method has no such term.
+        temperature: default of --temperature.
+        rampup: default of --rampup_epochs, as a share of the epochs.
+        uses_pretrained: it can learn from a pretrained teacher (--teacher_dir, --miu).
+        detaches: whether the online teacher gets no gradient from the online term; None: --detach_teacher says it.
     """
 
+    name: str
     title: str
-    num_students: int
-    lam: float
-    temperature: float
-    rampup: float
-    pretrained: bool
+    num_students = 1
+    fewest_students = 1
+    lam = 0.0
+    temperature = 4.0
+    rampup = 0.0
+    uses_pretrained = False
+    detaches: bool | None = False
+
+    def check(self, config: Config) -> None:
+        """Raise a UserError for flags, settled or not, that do not suit the method."""
+        if not self.lam:
+            config.refuse(
+                "lam", "rampup_epochs", message=f"--method {self.name} has no online term: leave out {{flag}}"
+            )
+        if not self.uses_pretrained:
+            config.refuse("miu", message=f"--method {self.name} learns from no pretrained teacher: leave out {{flag}}")
+        if self.detaches is not None:
+            message = f"{{flag}} belongs to --method od: {self.name} has nothing that it could detach"
+            config.refuse("detach_teacher", message=message)
+        if config.num_students < self.fewest_students:
+            raise UserError(
+                f"with --method {self.name} students learn from each other: --num_students must be "
+                f"{self.fewest_students} or more"
+            )
+
+    def has_online_teacher(self, config: Config) -> bool:
+        return False
+
+    def online_teacher(self, students: Sequence[nn.Module], num_classes: int) -> Students:
+        """The students with their online teacher.
+
+        Raises:
+            UserError (a ValueError): the method has none.
+        """
+        raise UserError(f"the method '{self.name}' has no online teacher")
+
+    def learner(self, config: Config, students: Sequence[nn.Module], num_classes: int) -> Students:
+        """The networks to train: the students, with their online teacher if there is one."""
+        from model.online import Students
+
+        return self.online_teacher(students, num_classes) if self.has_online_teacher(config) else Students(students)
+
+    def objective(self, config: Config) -> Objective:
+        """The loss of utils/losses.py with the weights that the flags give."""
+        from utils.losses import online_distillation
+
+        return partial(
+            online_distillation,
+            lam=config.lam,
+            temperature=config.temperature,
+            miu=config.miu,
+            reduction=config.kl_reduction,
+            detach_teacher=self.detaches or config.detach_teacher,
+        )
 
 
-METHODS = {
-    # arXiv 1909.13063: students and an online teacher made of their features teach each other. The released recipe has
-    # lambda 0.8 with a KL that is K times weaker, which is 0.08 with this one on ten classes.
-    "od": Method("online distillation", 4, 0.1, 4.0, 0.0, True),
-    "scratch": Method("plain training", 1, 0.0, 4.0, 0.0, False),
-    # arXiv 1503.02531, offline: each student learns from the pretrained teacher alone.
-    "kd": Method("knowledge distillation", 1, 0.0, 4.0, 0.0, True),
-    # arXiv 1706.00384: each student learns from the others.
-    "dml": Method("deep mutual learning", 4, 1.0, 1.0, 0.0, False),
-    # arXiv 1806.04606: the students learn from an ensemble of their logits. The authors' code ramps up over 80 of 300
-    # epochs.
-    "one": Method("on-the-fly native ensemble", 4, 1.0, 3.0, 80 / 300, False),
-}
+class OnlineDistillation(Method):
+    """arXiv 1909.13063: students and an online teacher made of their features teach each other.
+
+    The released recipe has lambda 0.8 with a KL that is K times weaker, i.e. 0.08 with this one on ten classes.
+    """
+
+    name, title = "od", "online distillation"
+    num_students, lam = 4, 0.1
+    uses_pretrained = True
+    detaches = None
+
+    def has_online_teacher(self, config: Config) -> bool:
+        """Without the online term, a single student has nothing to learn from an online teacher."""
+        return config.lam > 0 or config.num_students > 1
+
+    def online_teacher(self, students: Sequence[nn.Module], num_classes: int) -> Students:
+        from model.online import OnlineTeacher
+
+        return OnlineTeacher(students, num_classes)
+
+
+class Scratch(Method):
+    """Each student learns from the targets alone."""
+
+    name, title = "scratch", "plain training"
+
+
+class KnowledgeDistillation(Method):
+    """arXiv 1503.02531, offline: each student learns from the pretrained teacher."""
+
+    name, title = "kd", "knowledge distillation"
+    uses_pretrained = True
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if not config.teacher_dir or config.miu == 0:
+            raise UserError("--method kd learns from a pretrained teacher: give --teacher_dir, and no --miu 0")
+
+
+class DeepMutualLearning(Method):
+    """arXiv 1706.00384: each student learns from the others."""
+
+    name, title = "dml", "deep mutual learning"
+    num_students, fewest_students, lam, temperature = 4, 2, 1.0, 1.0
+
+    def objective(self, config: Config) -> Objective:
+        from utils.losses import mutual_learning
+
+        def loss(student_logits, teacher_logits, targets, pretrained_logits=None, rampup=1.0):
+            return mutual_learning(student_logits, targets, config.lam, config.temperature, config.kl_reduction, rampup)
+
+        return loss
+
+
+class NativeEnsemble(Method):
+    """arXiv 1806.04606: students learn from an ensemble of their logits; the authors' code ramps up over 80 of 300."""
+
+    name, title = "one", "on-the-fly native ensemble"
+    num_students, fewest_students, lam, temperature, rampup = 4, 2, 1.0, 3.0, 80 / 300
+    detaches = True
+
+    def has_online_teacher(self, config: Config) -> bool:
+        return True
+
+    def online_teacher(self, students: Sequence[nn.Module], num_classes: int) -> Students:
+        from model.online import GatedEnsemble
+
+        return GatedEnsemble(students)
+
+
+METHODS: dict[str, Method] = {kind.name: kind() for kind in Method.__subclasses__()}

@@ -1,16 +1,17 @@
 """What changes in the course of a training: the learning rate, and the weight of the online term."""
 
-import argparse
 import math
+
+from utils.config import Config
 
 
 class Schedule:
     """As the flags say. A moment is an epoch (from 1) and the share of its steps that are done with the present one."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.lr, self.num_epochs = args.lr, args.num_epochs
-        self.decay_epochs = args.lr_decay_step if args.scheduler == "step" else None
-        self.warmup_epochs, self.rampup_epochs = args.warmup_epochs, args.rampup_epochs
+    def __init__(self, config: Config):
+        self.lr, self.num_epochs = config.lr, config.num_epochs
+        self.decay_epochs = config.lr_decay_step if config.scheduler == "step" else None
+        self.warmup_epochs, self.rampup_epochs = config.warmup_epochs, config.rampup_epochs
 
     def rate(self, epoch: int, share: float = 1.0) -> float:
         """Learning rate; it rises linearly to warm up.

@@ -1,6 +1,5 @@
 """The pretrained teacher: a standard network from a file of this program or from a public checkpoint."""
 
-import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from model import architecture_of, build, external, from_public, variant_for
 from model.convert import add_noise, inherit, not_inherited
 from utils import checkpoint, inputs
 from utils.checkpoint import build_with, load, load_student
+from utils.config import Config
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
 from utils.errors import UserError
@@ -57,9 +57,7 @@ class Reordered(nn.Module):
         return self.network(x)[:, self.order]
 
 
-def pretrained_teacher(
-    args: argparse.Namespace, dataset: DataSet, device: torch.device
-) -> tuple[nn.Module | None, list[str]]:
+def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -> tuple[nn.Module | None, list[str]]:
     """The pretrained teacher that the flags ask for, for the data set's normalization and order of classes.
 
     Returns:
@@ -69,15 +67,15 @@ def pretrained_teacher(
         UserError: as `load_teacher`; it does not take such images, it was trained on the validation images, or it knows
             other classes and is not to be used by force.
     """
-    if not args.teacher_dir:
+    if not config.teacher_dir:
         return None, []
-    variant = variant_for(args.arch, args.teacher_model, dataset.input_size)
+    variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
     num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
-    file = find_file(args.teacher_dir, args.teacher_model)
+    file = find_file(config.teacher_dir, config.teacher_model)
     teacher, meta = _load_teacher(
-        file, args.teacher_model, num_classes, device, args.arch, variant, given, args.teacher_norm
+        file, config.teacher_model, num_classes, device, config.arch, variant, given, config.teacher_norm
     )
-    check_fits(teacher, args.teacher_model, dataset.input_size, num_classes)
+    check_fits(teacher, config.teacher_model, dataset.input_size, num_classes)
     if meta is None:
         if dataset.val is dataset.test:
             return teacher, []
@@ -85,14 +83,14 @@ def pretrained_teacher(
             "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the "
             "validation set among them: its accuracy there is no measure"
         ]
-    if not args.test_only:
-        inputs.check_unseen(meta, dataset, args, file)
+    if not config.test_only:
+        inputs.check_unseen(meta, dataset, config, file)
     difference = checkpoint.first_difference(meta["classes"], dataset.classes)
     if difference and sorted(meta["classes"]) == sorted(dataset.classes):
         order = [meta["classes"].index(name) for name in dataset.classes]
         teacher = Reordered(teacher, order).to(device).eval()
         return teacher, [f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"]
-    if difference and not args.force:
+    if difference and not config.force:
         raise UserError(
             f"{file} knows other classes than {dataset.name} has ({difference}): take another teacher, or --force to "
             "match them by their order"

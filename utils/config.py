@@ -1,0 +1,359 @@
+"""A run's configuration: every flag of main.py and finetune.py, each defined once. Imports no torch.
+
+To add a flag, add a field to `Config`. The parser, `--help`, config.json and the README's list follow from it.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from utils import normalization
+from utils.errors import UserError
+from utils.methods import METHODS
+
+FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its files
+LAST = Path("checkpoint") / "last.pt"  # of a job_dir
+BEST = Path("checkpoint") / "model_best.pt"
+RESUME_LAST = Path("last")  # what a bare --resume stands for
+
+
+def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+            if math.isfinite(value) and accepts(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"must be {what}, not '{text}'")
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be valid UTF-8, not {text!a}") from None
+    if not text:  # a shell's variable that is not set, which would mean the current folder
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
+def _normalization(text: str) -> str:
+    try:
+        normalization.parse(text)
+    except ValueError:
+        known = ", ".join(normalization.NORMALIZATIONS)
+        raise argparse.ArgumentTypeError(
+            f"must be {known} or three means and three deviations as in 0.5,0.5,0.5/0.5,0.5,0.5, not '{text}'"
+        ) from None
+    return text
+
+
+_positive_int = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0")
+_batch = _number(int, lambda x: 1 < x < 2**31, "a whole number above 1 (BatchNorm cannot train on a single image)")
+_temperature = _number(float, lambda x: 0 < x <= 1000, "a number above 0, at most 1000")
+_count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
+_seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
+_positive = _number(float, lambda x: x > 0, "a number above 0")
+_weight = _number(float, lambda x: x >= 0, "a number, 0 or more")
+_fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
+_share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
+
+
+def _by_method(name: str) -> str:
+    """A default that depends on the method, for help: that of od, and those of the methods that have another one."""
+    usual = getattr(METHODS["od"], name)
+    others = ((method.name, getattr(method, name)) for method in METHODS.values())
+    return "; ".join([f"{usual:g}", *(f"{method}: {value:g}" for method, value in others if value not in (usual, 0))])
+
+
+def _flag(group: str, help: str, default: Any = None, *, finetune: Any = None, **arguments: Any) -> Any:
+    """A field of `Config` that is a flag.
+
+    Args:
+        group: under which --help lists it.
+        default: None where it depends on other flags, or on a file; `settle` in utils/options.py then knows it.
+        finetune: default in finetune.py, if it is another one there.
+        arguments: of argparse's add_argument; and `name`, if it is not the field's, `recorded`, whether it is part of
+            the recorded configuration (True), and `may_change`, whether it may differ when a run is resumed (False).
+    """
+    return field(default=default, metadata={"group": group, "help": help, "finetune": finetune, **arguments})
+
+
+_network, _distillation, _data, _training, _job, _machine = (
+    partial(_flag, group) for group in ("networks", "distillation", "data", "training", "job", "machine")
+)
+_control = partial(_job, recorded=False)  # how a run is carried out, not what it computes
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags by name, settled: `utils.options` makes one, and nothing changes it afterwards."""
+
+    arch: str | None = _network(
+        "a file of model/, torchvision, timm, or a Python file (default: the one that has the network)"
+    )
+    teacher_model: str = _network(
+        "the standard network; of a Python file, the function that builds it (default: resnet_56)", metavar="NAME"
+    )
+    student_model: str | None = _network(
+        "the student (default: the standard network's name with _sparse)", metavar="NAME"
+    )
+    conv: str | None = _network("cheap convolution (default: depthwise)", choices=("depthwise", "group", "shift"))
+    groups: int | None = _network("groups of each group convolution (default: 4)", type=_positive_int)
+    pruned_num: int | None = _network(
+        "convolutions made cheap, counted from the output side (default: all)", type=_count
+    )
+    num_students: int = _network(
+        f"students trained side by side (default: {_by_method('num_students')})", type=_positive_int
+    )
+
+    init: str | None = _distillation(
+        "students start from random weights, as in the paper, or from those of the pretrained teacher "
+        "(default: random)",
+        choices=("random", "teacher"),
+    )
+    teacher_dir: Path | None = _distillation(
+        "checkpoint of the pretrained teacher, or a folder with one", type=_path, metavar="PATH", may_change=True
+    )
+    teacher_norm: str | None = _distillation(
+        "normalization the pretrained teacher was trained with: cifar, cifar100, imagenet, none, or "
+        "mean,mean,mean/std,std,std (default: that of its file or its project, else the students')",
+        type=_normalization,
+        metavar="NORM",
+    )
+    force: bool = _distillation(
+        "train with a pretrained teacher that does no better than guessing or that knows other classes; resume "
+        "with another teacher, with another student to refine, or on other images",
+        False,
+        recorded=False,
+    )
+    method: str = _distillation(
+        "od: online distillation, the paper's; to compare with: scratch, plain training; kd, offline distillation "
+        "from the pretrained teacher; dml, deep mutual learning; one, on-the-fly native ensemble (default: od)",
+        choices=tuple(METHODS),
+    )
+    lam: float = _distillation(
+        f"weight of the online term (default: {_by_method('lam')})", type=_weight, metavar="WEIGHT", name="lambda"
+    )
+    miu: float = _distillation(
+        "weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)",
+        type=_weight,
+        metavar="WEIGHT",
+    )
+    temperature: float = _distillation(
+        f"T of the softened distributions (default: {_by_method('temperature')})", type=_temperature
+    )
+    kl_reduction: str = _distillation(
+        "batchmean sums the KL over classes; element averages, K times weaker, as the released code",
+        "batchmean",
+        choices=("batchmean", "element"),
+    )
+    detach_teacher: bool = _distillation(
+        "no online gradient to the online teacher: students learn from it, it does not learn from them", False
+    )
+    rampup_epochs: float = _distillation(
+        "epochs in which the weight of the online term rises from 0 (default: 0; one: 80 of 300)", type=_weight
+    )
+
+    dataset: str = _data(
+        "digits, cifar10, cifar100, fashion_mnist, svhn, imagenet or folder (default: cifar10)", metavar="NAME"
+    )
+    data_dir: Path | None = _data(
+        "where the data is, or is downloaded to (default: data/downloads)", type=_path, metavar="PATH", may_change=True
+    )
+    image_size: int | None = _data(
+        "of the crops of imagenet and of folder, which then streams (default: 224; a folder of small images of one "
+        "size stays in memory as it is)",
+        type=_positive_int,
+        metavar="PIXELS",
+    )
+    val_size: float = _data(
+        "validation images split from the training set: a fraction below 1 or a number; 0 chooses the best student on "
+        "the test set, as the released code did (default: 0.1)",
+        type=_size,
+    )
+    train_size: float | None = _data(
+        "training images to use of those that remain: a fraction below 1 or a number (default: all)", type=_share
+    )
+
+    num_epochs: int = _training("", 300, finetune=30, type=_positive_int, may_change=True)
+    train_batch_size: int = _training("", 128, type=_batch)
+    eval_batch_size: int = _training("", 100, type=_positive_int, may_change=True)
+    lr: float = _training("learning rate", 0.1, finetune=1e-4, type=_positive)
+    momentum: float = _training("", 0.9, type=_fraction)
+    weight_decay: float = _training("", 2e-4, type=_weight)
+    scheduler: str = _training("", "step", choices=("step", "cosine"))
+    lr_decay_step: list[int] | None = _training(
+        "epochs after which --scheduler step divides the rate by 10 (default: a half and three quarters of them)",
+        type=_positive_int,
+        nargs="+",
+        metavar="EPOCH",
+    )
+    warmup_epochs: float = _training(
+        "epochs in which the rate rises from 0; the released code had none", 1.0, finetune=0.0, type=_weight
+    )
+    accumulate: int = _training(
+        "compute a batch in so many parts, for one that does not fit into memory",
+        1,
+        type=_positive_int,
+        metavar="PARTS",
+    )
+    sync_bn: bool = _training("BatchNorm over the batches of all processes that torchrun started", False)
+    seed: int = _training("", 0, type=_seed)
+
+    job_dir: Path = _job(
+        "folder for everything that the run writes",
+        Path("experiment/job"),
+        finetune=Path("experiment/finetune"),
+        type=_path,
+        metavar="PATH",
+        may_change=True,
+    )
+    resume: Path | None = _control(
+        "continue from a checkpoint (bare: the last one of the job_dir)",
+        nargs="?",
+        const=RESUME_LAST,
+        type=_path,
+        metavar="FILE",
+    )
+    save_every_minutes: float | None = _job(
+        "also save the last checkpoint this often within an epoch (default: only after each epoch)",
+        type=_positive,
+        metavar="MINUTES",
+        may_change=True,
+    )
+    reset: bool = _control("delete what an earlier run wrote to the job_dir and start over", False)
+    export: tuple[str, ...] = _control(
+        "also write the exported network as onnx, torchscript or pt2 (torch.export), ready to deploy; with "
+        "finetune.py --test_only, the student as it is",
+        (),
+        nargs="+",
+        choices=FORMATS,
+        metavar="FORMAT",
+    )
+    export_teacher: bool = _control(
+        "main.py: also export the online teacher, all students with the head on their features, as one network", False
+    )
+    test_only: bool = _control("evaluate on the test set; train and write nothing", False)
+    pretrain: bool = _job("main.py: train the standard network alone, to be a teacher", False)
+    refine: Path | None = _job(
+        "finetune.py: the student to refine, or a training checkpoint", type=_path, metavar="FILE", may_change=True
+    )
+    pruned: bool = _job("finetune.py: --refine is an exported student", False, may_change=True)
+
+    device: str = _machine("auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", "auto", may_change=True)
+    precision: str = _machine(
+        "of the networks in training: auto is bf16 where the hardware computes in it, else fp32",
+        "auto",
+        choices=("auto", "fp32", "bf16"),
+        may_change=True,
+    )
+    compile: str = _machine(
+        "compiled code: on a CPU fused kernels (needs g++), on CUDA a graph of the training step, and with on "
+        "torch.compile, too; off: PyTorch's operators one by one",
+        "auto",
+        choices=("auto", "on", "off"),
+        may_change=True,
+    )
+    workers: int | None = _machine(
+        "processes that read streamed images, at most one a core; threads that decode small ones (default: the number "
+        "of cores, at most 8)",
+        type=_positive_int,
+        may_change=True,
+    )
+    print_freq: int = _machine("steps between progress lines", 100, type=_positive_int, may_change=True)
+
+    typed: frozenset[str] = frozenset()  # the fields whose flags were typed
+
+    def refuse(self, *names: str, message: str) -> None:
+        """Raise a UserError with `message`, in which {flag} is filled in, for the first of these fields that is set."""
+        for name in names:
+            if getattr(self, name):
+                raise UserError(message.format(flag=f"--{flag_name(name)}"))
+
+    def recorded(self) -> dict[str, Any]:
+        """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
+        values = {field.name: getattr(self, field.name) for field in flags() if field.metadata.get("recorded", True)}
+        if self.data_dir:
+            values["data_dir"] = self.data_dir.resolve()  # for finetune.py, which may run in another folder
+        if str(self.arch).endswith(".py"):
+            values["arch"] = Path(self.arch).resolve()
+        return {flag_name(name): str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def flags() -> Iterator[dataclasses.Field]:
+    """The fields of `Config` that are flags; `metadata` has the arguments of `_flag`."""
+    return (field for field in dataclasses.fields(Config) if "group" in field.metadata)
+
+
+_NAMES = {field.name: field.metadata.get("name", field.name) for field in flags()}
+MAY_CHANGE = {_NAMES[field.name] for field in flags() if field.metadata.get("may_change")}
+# Flags from which defaults of others follow.
+CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
+
+
+def flag_name(field: str) -> str:
+    """The flag of a field of `Config`, without its dashes."""
+    return _NAMES[field]
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration; for a flag that its version did not have, what that version did."""
+    method = "scratch" if config.get("pretrain") else "od"
+    if config.get("refine"):
+        method = "kd" if config.get("miu") else "scratch"
+    new = dict.fromkeys(("warmup_epochs", "rampup_epochs"), 0.0) | dict.fromkeys(("detach_teacher", "sync_bn"), False)
+    sizes = dict.fromkeys(("image_size", "train_size"))
+    new["init"] = None if config.get("refine") else "random"
+    return new | sizes | {"method": method, "accumulate": 1, "teacher_norm": None} | config
+
+
+def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The name of a flag that makes a run another one; None if there is none.
+
+    Args:
+        was, now: recorded configurations: of the run, and of the flags with which it is to go on.
+    """
+    if bool(was.get("teacher_dir")) != bool(now.get("teacher_dir")):
+        return "teacher_dir"
+    fixed = now.keys() - MAY_CHANGE
+    if now.get("scheduler") == "cosine":  # whose rate depends on the number of epochs
+        fixed |= {"num_epochs"}
+    if now.get("refine"):  # finetune.py's method follows from --miu
+        fixed -= {"method"}
+    return next((name for name in (*CAUSES, *sorted(fixed)) if name in fixed and was.get(name) != now[name]), None)
+
+
+def as_typed(name: str, value: Any) -> str:
+    """For messages: "with --lr_decay_step 150 225", "without --sync_bn"."""
+    if value is None or value is False:
+        return f"without --{name}"
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([f"with --{name}", *map(str, values)])
+
+
+def resume_command() -> str:
+    """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
+    words, machines = sys.orig_argv[1:], os.environ.get("GROUP_WORLD_SIZE")
+    if machines:  # torchrun started it
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        words = ["-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={processes}", *sys.argv]
+    kept = []
+    for before, word in pairwise(["", *words]):
+        value = before == "--resume" and not word.startswith("-")
+        if not value and word not in ("--resume", "--reset") and not word.startswith("--resume="):
+            kept.append(word)
+    return shlex.join([sys.executable, *kept, "--resume"])
