@@ -54,12 +54,12 @@ demo() {
         --num_epochs 10 --job_dir experiment/digits/refined --reset
 }
 
-# The tests.
+# The tests, in two processes.
 test() {
     setup requirements.txt tests/requirements.txt
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
-    "$PYTHON" -m pytest "$@"
+    "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
 }
 
 # Methods, convolutions and seeds compared, into experiment/RESULTS.md: `sh run.sh study digits`.

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.helpers import succeed
+
+torch.set_num_threads(1)  # the tests run side by side
 
 
 @pytest.fixture(scope="session")
