@@ -7,11 +7,12 @@ With --pruned, --refine is an exported student; without, a training checkpoint, 
 The file says what network it is and, unless flags say otherwise, which data to refine it on.
 """
 
-from utils import options, terminal
+from utils import options
+from utils.errors import UserError, guard
 from utils.interruption import interruption
 
 if __name__ == "__main__":
-    terminal.guard()
+    guard()
     interruption.catch()
     CONFIG = options.parse("finetune")  # before the imports below, which take seconds: --help and typos answer at once
 
@@ -26,10 +27,9 @@ from utils import checkpoint, export, inputs, report
 from utils.config import Config
 from utils.cost import Cost, check_fits, count
 from utils.engine import Trainer
-from utils.errors import UserError, run_script
 from utils.evaluation import Accuracy, accuracy
 from utils.report import Results, Row
-from utils.setup import Run, prepare
+from utils.setup import Run, prepare, run_script
 
 
 def main(config: Config) -> None:

@@ -6,11 +6,12 @@ r"""Train cheap-convolution students with an online teacher and export the best 
     python main.py --pretrain --teacher_model resnet_56 --job_dir experiment/resnet/teacher
 """
 
-from utils import options, terminal
+from utils import options
+from utils.errors import UserError, guard
 from utils.interruption import interruption
 
 if __name__ == "__main__":
-    terminal.guard()
+    guard()
     interruption.catch()
     CONFIG = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
@@ -29,11 +30,10 @@ from utils import checkpoint, inputs, report
 from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.errors import UserError, run_script
 from utils.evaluation import accuracies, accuracy, evaluate
 from utils.methods import METHODS
 from utils.report import Results, Row
-from utils.setup import Run, prepare
+from utils.setup import Run, prepare, run_script
 from utils.teacher import start_from
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from utils import distributed
-from utils.errors import UserError
-from utils.terminal import log
+from utils.errors import UserError, log
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata; damaged pixels are errors

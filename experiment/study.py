@@ -36,7 +36,8 @@ from experiment.results import networks_folder, read_records, records_file, writ
 from experiment.studies import STUDIES, Row, Table
 from utils import checkpoint, options
 from utils.config import MAY_CHANGE
-from utils.errors import UserError, run_script
+from utils.errors import UserError
+from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("num_students", "lambda", "miu")

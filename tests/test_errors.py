@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers import ROOT, open_files_used_up
 from utils.cost import check_fits
-from utils.errors import run_script
+from utils.setup import run_script
 
 HUGE = 2**50
 
@@ -80,12 +80,12 @@ def test_a_run_that_does_not_fit_the_memory_ends_in_one_line(tmp_path):
     code = """
 import resource, sys
 import main
-from utils import errors, options
+from utils import options, setup
 args = options.parse("main", sys.argv[1:])
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 2**29
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-errors.run_script(lambda: main.main(args))
+setup.run_script(lambda: main.main(args))
 """
     flags = ("--dataset", "digits", "--train_batch_size", 1437, "--num_epochs", 1, "--compile", "off")
     result = subprocess.run(

@@ -22,7 +22,7 @@ from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
 from utils.checkpoint import load_checkpoint
 from utils.config import resume_command
 from utils.errors import UserError
-from utils.lock import FRESH, Lock
+from utils.files import FRESH, Lock
 
 SMALL = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_students", 2, "--train_batch_size", 32)
 SMALL += ("--num_epochs", 2, "--lr", 0.05)
@@ -292,8 +292,9 @@ def test_warnings_of_schedulers_end_a_process_in_order_unless_ignored(name):
 
 ENDING = """
 import atexit, os, signal
-from utils.errors import exit_with, run_script
+from utils.errors import exit_with
 from utils.interruption import interruption
+from utils.setup import run_script
 
 interruption.catch()
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -383,7 +384,7 @@ def test_lock_of_another_host_is_respected_while_it_is_fresh(tmp_path):
 
 
 def test_lock_stays_fresh_while_its_owner_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.lock.TOUCHED_EVERY", 0.01)
+    monkeypatch.setattr("utils.files.TOUCHED_EVERY", 0.01)
     lock = Lock(tmp_path / "lock")
     lock.acquire()
     age(lock.path, FRESH + 1)

@@ -284,7 +284,7 @@ def test_workers_of_an_evaluation_end_with_it(tmp_path):
 DEADLY_READING = """
 import os, signal, sys
 from tests.test_streaming import streamed
-from utils.errors import run_script
+from utils.setup import run_script
 
 batches = streamed(sys.argv[1:], workers=1)
 batches.loader.dataset.transform = lambda image: os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
-from utils.terminal import log, log_to, text_stream
+from utils.errors import log, log_to, text_stream
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_nothing_fails_when_nobody_reads(tmp_path, monkeypatch, pipe):
 
 def guarded(code, redirection="", **environment):
     """Standard output, standard error and exit code of a process that speaks through guarded streams."""
-    command = [sys.executable, "-c", f"from utils import errors, terminal; terminal.guard(); {code}"]
+    command = [sys.executable, "-c", f"from utils import errors; errors.guard(); {code}"]
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command]
     result = subprocess.run(shell, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     return result.stdout, result.stderr, result.returncode

@@ -1,76 +1,85 @@
-"""How a script ends when it cannot go on: one line for what a person can mend; bugs keep their traceback."""
+"""What a script says to a person: errors in one line, the log, and output streams that never fail."""
 
-import errno
+import io
+import logging
 import os
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from utils.interruption import interruption
-from utils.terminal import guard
-
-# What the machine refuses to do is not a bug of ours either: no permission, no space, no such name possible.
-REFUSALS = {
-    getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
-    if hasattr(errno, name)
-}
-
-
-# What PyTorch says, in a RuntimeError, on each kind of device; NumPy and Python raise a MemoryError.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
-
-
-LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted")
+from tqdm import tqdm
 
 
 class UserError(ValueError):
-    """What is wrong and what to do about it, in one line."""
+    """A mistake that a person can correct; the message says in one line what is wrong and what to do about it."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of somebody else's code; its kind if it says nothing."""
+    """The first line of the message of a library's error; the name of its class if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def exit_with(error: object) -> NoReturn:
-    """Say in one line on stderr what is wrong and end the process with code 2."""
-    rank = os.environ.get("RANK") or "0"  # of a process that torchrun started
+    """Print the error in one line to stderr and end the process with code 2."""
+    rank = os.environ.get("RANK") or "0"  # set by torchrun
     start = "error:" if rank == "0" else f"error (process {rank}):"
     print(start, " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; a UserError, a refusal or a lack of memory ends it with one line and code 2."""
-    guard()
-    try:
-        main()
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        if "temporary directory" in str(error):  # tempfile's, an ENOENT
-            exit_with("no folder for temporary files can be written: set TMPDIR to one that can")
-        if error.errno not in REFUSALS:
-            raise
-        exit_with(f"{error.filename or 'writing'}: {error.strerror}")
-    except (MemoryError, RuntimeError) as error:
-        if "Too many open files" in str(error):
-            exit_with("too many open files: raise the limit (ulimit -n), or try fewer --workers")
-        if "shared memory" in str(error):  # PyTorch's, whose worker processes put images there
-            exit_with(
-                "shared memory (/dev/shm) is full: try fewer --workers or smaller batches, or start the container with "
-                "more, by --shm-size or --ipc=host"
-            )
-        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            exit_with(
-                "out of memory: lower --train_batch_size, --eval_batch_size, --num_students, --image_size or "
-                "--workers, or take a smaller network"
-            )
-        if any(words in str(error) for words in LOST_PROCESS):
-            exit_with("another process of this run has died: its own message says why; continue with --resume")
-        if str(error).startswith("DataLoader worker"):  # torch notices it wherever the script then is
-            exit_with(f"a process that reads images died, perhaps for want of memory: try fewer --workers ({error})")
-        raise
-    finally:
-        interruption.ignore_first()
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))  # above a progress bar
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # logging would print many lines and go on
+
+
+log = logging.getLogger("job")
+log.setLevel(logging.INFO)
+log.propagate = False
+log.addHandler(_Lines())
+
+
+def log_to(path: Path | None) -> None:
+    """Write the log, with times, to this file too, instead of the file before; None ends that."""
+    for handler in [handler for handler in log.handlers if isinstance(handler, _LogFile)]:
+        log.removeHandler(handler)
+        handler.close()
+    if path:
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(file)
+
+
+class _Descriptor(io.FileIO):
+    """A file descriptor that drops what cannot be written, because the pipe has no reader or the device is full."""
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def text_stream(descriptor: int, encoding: str) -> io.TextIOWrapper:
+    """A line-buffered stream that escapes characters outside its encoding and never raises."""
+    raw = _Descriptor(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
+def guard() -> None:
+    """Replace sys.stdout and sys.stderr by `text_stream`s, unless a notebook or a test has replaced them already.
+
+    Under torchrun, only the first process writes to standard output.
+    """
+    first = (os.environ.get("RANK") or "0") == "0"
+    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        if getattr(sys, name) is not original:
+            continue
+        if original is None or (name == "stdout" and not first):
+            setattr(sys, name, text_stream(os.open(os.devnull, os.O_WRONLY), "utf-8"))
+        else:
+            setattr(sys, name, text_stream(original.fileno(), original.encoding))

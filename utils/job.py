@@ -9,12 +9,10 @@ from typing import Any
 
 from utils import distributed
 from utils.config import BEST, FORMATS, LAST, RESUME_LAST, resume_command
-from utils.errors import UserError
+from utils.errors import UserError, log, log_to
 from utils.events import Events, wall_times
-from utils.files import atomic_copy, atomic_write, delete_unfinished
+from utils.files import Lock, atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
-from utils.lock import Lock
-from utils.terminal import log, log_to
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's

@@ -1,6 +1,7 @@
 """What main.py and finetune.py have in common: a run, from its flags to the trained learner."""
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,36 @@ from utils.config import Config
 from utils.cores import cores
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
+from utils.errors import UserError, exit_with, guard
+from utils.interruption import interruption
 from utils.job import Job
 from utils.teacher import check_accuracy, pretrained_teacher, with_normalization_of
+
+# Refusals of the operating system: missing permission, no space left, an impossible name, too many open files.
+REFUSALS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
+    if hasattr(errno, name)
+}
+OUT_OF_MEMORY = (
+    "out of memory: lower --train_batch_size, --eval_batch_size, --num_students, --image_size or --workers, or take a "
+    "smaller network"
+)
+# PyTorch reports failures of the machine as RuntimeErrors. Parts of its messages, and what to do about each.
+FAILURES = {
+    ("Too many open files",): "too many open files: raise the limit (ulimit -n), or try fewer --workers",
+    ("shared memory",): (  # in which the worker processes of a DataLoader put images
+        "shared memory (/dev/shm) is full: try fewer --workers or smaller batches, or start the container with more, "
+        "by --shm-size or --ipc=host"
+    ),
+    ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc"): OUT_OF_MEMORY,
+    ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL communicator was aborted"): (
+        "another process of this run has died: its own message says why; continue with --resume"
+    ),
+    ("DataLoader worker (pid",): (
+        "a process that reads images died, perhaps for want of memory: try fewer --workers ({error})"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -109,3 +138,35 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
     return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; a person's mistake or a failure of the machine ends it with one line and code 2.
+
+    Bugs keep their traceback.
+    """
+    guard()
+    try:
+        main()
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        explanation = _explain(error)
+        if explanation is None:
+            raise
+        exit_with(explanation)
+    finally:
+        interruption.ignore_first()
+
+
+def _explain(error: Exception) -> str | None:
+    """The line for a person; None for a bug."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError):
+        if "temporary directory" in text:  # raised by tempfile
+            return "no folder for temporary files can be written: set TMPDIR to one that can"
+        return f"{error.filename or 'writing'}: {error.strerror}" if error.errno in REFUSALS else None
+    for fragments, explanation in FAILURES.items():
+        if any(fragment in text for fragment in fragments):
+            return explanation.format(error=error)
+    return OUT_OF_MEMORY if isinstance(error, MemoryError) else None
