@@ -4,13 +4,16 @@
     python experiment/study.py cifar100 --data_dir PATH             # days on two cores
     python experiment/study.py cifar10 --data_dir PATH              # a night on two cores
     python experiment/study.py cifar100 --data_dir PATH --only 'depthwise-*-0'   # one table, one seed
+    python experiment/study.py cifar100 --data_dir PATH --check     # scores the kept networks on the test set again
     python experiment/study.py                                      # only writes RESULTS.md, from the records
 
 studies.py lists the runs. PATH is the data set as a tree of image files, train/<class>/* and test/<class>/*. Every run
-is a command of main.py in a process of its own, as many at a time as there are GPUs, or else CPU cores (--jobs). A run
-that is done has a line in results/STUDY.jsonl, and results/students/ has the networks that runs of seed 0 exported; the
-same command goes on where an interrupted one stopped, in the middle of a run, too. To train everything again, give
-another --out.
+is a process of main.py; as many run at a time as there are GPUs, or else CPU cores (--jobs). A finished run has a
+record in results/STUDY.jsonl, and results/students/ keeps the networks that the runs of seed 0 exported. The same
+command continues an interrupted study, also in the middle of a run. To train everything again, give another --out.
+
+--check needs no training: it prints the recorded and the found test accuracy of each kept network, and ends with code 1
+if they differ for one of them.
 """
 
 import argparse
@@ -30,18 +33,25 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import checkpoint, options  # before torch: utils undoes settings of OpenMP
+
+# isort: split
 import torch
 
-from experiment.results import networks_folder, read_records, records_file, write_results
+import data
+from data.loader import Batches
+from experiment.results import networks_folder, read_records, records_file, trained, write_results
 from experiment.studies import STUDIES, Row, Table
-from utils import checkpoint, options
 from utils.config import MAY_CHANGE
+from utils.cores import cores
+from utils.device import pick_device, pick_execution
 from utils.errors import UserError
+from utils.evaluation import accuracy
 from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("num_students", "lambda", "miu")
-PATHS = ("data_dir", "teacher_dir", "job_dir")  # in the configuration of a network, of the machine that trained it
+PATHS = ("data_dir", "teacher_dir", "job_dir")  # of the machine that trained a network; not kept with it
 
 
 class Run(NamedTuple):
@@ -57,14 +67,19 @@ class Run(NamedTuple):
         return f"{self.table.key}-{self.row.variant}-{self.seed}"
 
     @property
+    def flags(self) -> str:
+        """Flags of main.py, without the paths and the seed."""
+        table = "" if "--pretrain" in self.row.flags else self.table.flags
+        return " ".join(filter(None, (STUDIES[self.study].flags, table, self.row.flags)))
+
+    @property
     def teacher(self) -> "Run | None":
         """The run that trains the pretrained teacher of this one, if it has one."""
-        needed = [run for run in grid(self.study) if f"{{{run.row.variant}}}" in self.row.flags]
-        return needed[0] if needed else None
+        return next((run for run in grid(self.study) if run.row.variant == self.row.teacher), None)
 
 
 def grid(study: str, only: str = "*") -> Iterator[Run]:
-    """The runs of a study whose names match the pattern `only`, in the order in which they are done."""
+    """The runs of a study whose names match the pattern `only`, in training order."""
     for table in STUDIES[study].tables:
         for seed in range(max(row.seeds for row in table.rows)):
             for row in table.rows:
@@ -90,10 +105,10 @@ class Runner:
         self.waiting, self.running, self.failed = [], [], []
 
     def run(self, study: str, only: str = "*") -> None:
-        """Train and record the runs that have no record yet, and the teachers that they need.
+        """Train and record the runs without a record, and the teachers that they need.
 
         Raises:
-            UserError: no such run; the folder of a run holds another one; or a run failed, after the others.
+            UserError: no run matches; the folder of a run belongs to another one; a run failed (after all others).
         """
         runs = list(grid(study, only))
         if not runs:
@@ -113,7 +128,7 @@ class Runner:
             raise UserError(f"{len(self.failed)} runs failed, such as that of {log}: give the command again afterwards")
 
     def work(self) -> None:
-        """Do the first run that can be done, again and again until none is left."""
+        """Train one run after another until none is left."""
         slot = self.slots.get()
         while run := self.next_run():
             record = self.train(run, slot)
@@ -127,7 +142,7 @@ class Runner:
                 self.changed.notify_all()
 
     def next_run(self) -> Run | None:
-        """The first run whose teacher is trained; waits while one of those that are running may be that teacher."""
+        """The first waiting run whose teacher is trained; waits for teachers in training. None at the end."""
         with self.changed:
             while not self.stopped:
                 ready = [run for run in self.waiting if not run.teacher or self.is_done(run.teacher)]
@@ -143,7 +158,7 @@ class Runner:
         return None
 
     def train(self, run: Run, slot: dict[str, str]) -> dict[str, Any] | None:
-        """The record of the run, trained unless its report is there; None if it failed."""
+        """Train the run unless its report exists. Returns its record, None if it failed."""
         if not self.stopped and not (self.job_dir(run) / "report.json").exists():
             self.log(run).parent.mkdir(parents=True, exist_ok=True)
             with open(self.log(run), "a", encoding="utf-8") as log:
@@ -158,7 +173,7 @@ class Runner:
         return self.record(run)
 
     def stop(self) -> None:
-        """End the runs in order: each saves where it is."""
+        """Terminate the runs, which save their state, and wait for them."""
         self.stopped = True
         for process in list(self.processes):
             process.terminate()
@@ -167,21 +182,22 @@ class Runner:
         self.pool.shutdown()
 
     def command(self, run: Run) -> list[str]:
-        flags = shlex.split(f"{STUDIES[run.study].flags} {run.row.flags}")
+        paths = ["--job_dir", str(self.job_dir(run))]
         if run.teacher:
-            flags = [flag.format(**{run.teacher.row.variant: self.exported(run.teacher)}) for flag in flags]
-        place = ["--data_dir", str(self.data_dir.resolve())] if self.data_dir else []
-        return ["main.py", *flags, "--seed", str(run.seed), *place, "--job_dir", str(self.job_dir(run))]
+            paths += ["--teacher_dir", str(self.exported(run.teacher))]
+        if self.data_dir:
+            paths += ["--data_dir", str(self.data_dir.resolve())]
+        return ["main.py", *shlex.split(run.flags), "--seed", str(run.seed), *paths]
 
     def check_folder(self, run: Run) -> None:
-        """Raise a UserError if what the run's folder holds was trained with other flags, or other defaults."""
+        """Raise a UserError if the run's folder has a run with other flags, or other defaults."""
         path = self.job_dir(run) / "config.json"
         if not path.exists():
             return
         was = json.loads(path.read_text(encoding="utf-8"))
         now = options.parse("main", self.command(run)[1:]).recorded()
         for name in sorted(set(now) - MAY_CHANGE | {"num_epochs"}):
-            if now[name] not in (None, was.get(name)):  # None: main.py settles it later
+            if now[name] not in (None, was.get(name)):  # None: settled by main.py
                 raise UserError(
                     f"{path.parent} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or give "
                     "another --out"
@@ -194,14 +210,14 @@ class Runner:
         return self.job_dir(run).with_suffix(".log")
 
     def exported(self, run: Run) -> Path:
-        """The network that is kept of a run, if it is one of seed 0."""
+        """Where the network is kept that a run of seed 0 exported."""
         return networks_folder(self.out.resolve(), run.study) / f"{run.name}.pt"
 
     def is_done(self, teacher: Run) -> bool:
         return self.exported(teacher).exists()
 
     def keep(self, run: Run, record: dict[str, Any]) -> None:
-        """Write down the record, keep the exported network of seed 0, and write RESULTS.md."""
+        """Append the record, keep the exported network of seed 0, and write RESULTS.md."""
         if run.seed == 0 and "diverged" not in record:
             (exported,) = self.job_dir(run).glob("*.pt")
             content = checkpoint.load(exported)
@@ -216,10 +232,7 @@ class Runner:
         write_results(self.out)
 
     def record(self, run: Run) -> dict[str, Any] | None:
-        """What is kept of a run: its settings, accuracies and costs, and what it ran on; None if it did not end.
-
-        Of one whose loss was not finite in the end, its settings and the line that says so.
-        """
+        """A run's settings, accuracies, costs and environment; only its settings if it diverged; None if it failed."""
         try:
             config = json.loads((self.job_dir(run) / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -246,11 +259,38 @@ class Runner:
             **_costs(chosen),
             "data": report["data"],
             "start": report["start"],
-            "flags": f"{STUDIES[run.study].flags} {run.row.flags}",
+            "flags": run.flags + (f" --teacher_dir {{{run.row.teacher}}}" if run.row.teacher else ""),
             "environment": {key: environment[key] for key in ("device", "threads", "execution", "precision", "torch")},
             "seconds": round(report["seconds"]),
             "commit": _commit(),
         }
+
+
+def check(out: Path, study: str, data_dir: Path | None) -> bool:
+    """Score the kept networks of a study on its test set; return whether all accuracies are those of the records.
+
+    Raises:
+        UserError: no network is kept, or the data is not that of the study.
+    """
+    recorded = {record["run"]: f"{record['test']:.2f}" for record in trained(read_records(out, study))}
+    paths = sorted(networks_folder(out, study).glob("*.pt"))
+    if not paths:
+        raise UserError(f"{networks_folder(out, study)} has no networks to check")
+    device = pick_device("auto")
+    pick_execution("auto", device)
+    dataset, differ = None, []
+    for path in paths:
+        network, meta = checkpoint.load_student(path)
+        config = meta["config"]
+        dataset = dataset or data.load(config["dataset"], data_dir, config["val_size"], cores())
+        test = checkpoint.as_trained(dataset, meta, path)
+        batches = Batches(test.test, config["eval_batch_size"], test.mean, test.std, device)
+        found = f"{accuracy(network.to(device), batches).top1:.2f}"
+        expected = recorded.get(path.stem, "none")
+        differ += [path.stem] if found != expected else []
+        print(f"{path.stem}: recorded {expected}, found {found}{' DIFFERENT' * (found != expected)}", flush=True)
+    print(f"{len(paths) - len(differ)} of {len(paths)} networks have their recorded test accuracy")
+    return not differ
 
 
 def _accuracies(row: dict[str, Any]) -> dict[str, float]:
@@ -262,7 +302,7 @@ def _costs(row: dict[str, Any]) -> dict[str, int]:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, if this is a git repository."""
+    """The commit that is checked out, None outside of a git repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -273,9 +313,13 @@ def _commit() -> str | None:
 def main(args: argparse.Namespace) -> None:
     if args.jobs is not None and args.jobs < 1:
         raise UserError("--jobs must be 1 or more")
+    if args.check and not args.study:
+        raise UserError("--check scores the networks of one study: name it, too")
     if args.study:
         if STUDIES[args.study].data and not args.data_dir:
             raise UserError(f"the study {args.study} needs --data_dir, {STUDIES[args.study].data}")
+        if args.check:
+            sys.exit(0 if check(args.out, args.study, args.data_dir) else 1)
         runner = Runner(args.out, args.data_dir, args.jobs)
         records_file(args.out, args.study).parent.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -298,6 +342,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("study", nargs="?", choices=tuple(STUDIES), help="without one: only write RESULTS.md")
     parser.add_argument("--data_dir", type=Path, metavar="PATH", help="of the images, for the studies of CIFAR")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only the runs whose names match")
+    parser.add_argument("--check", action="store_true", help="score the kept networks again instead of training")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or else one a core)")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "experiment", metavar="PATH", help="where everything is written"

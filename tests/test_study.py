@@ -54,12 +54,12 @@ TINY = Study(
     "A tiny study", None, "--dataset digits --lr 0.05 --teacher_model resnet_20",
     (
         Table(
-            "depthwise", "Depthwise",
+            "depthwise", "Depthwise", "--conv depthwise",
             (
                 Row("scratch", "scratch", "--method scratch", seeds=2),
-                Row("OD", "od", "--num_students 2 --teacher_dir {teacher}", seeds=1),
+                Row("OD", "od", "--num_students 2", "teacher", seeds=1),
                 Row("standard", "teacher", "--pretrain", seeds=1),
-                Row("from the teacher", "scratch_init", "--method scratch --init teacher --teacher_dir {teacher}"),
+                Row("from the teacher", "scratch_init", "--method scratch --init teacher", "teacher"),
             ),
             (("od", "scratch"), ("scratch_init", "scratch")),
         ),
@@ -146,10 +146,12 @@ def start(out, *flags):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
-def test_interrupted_study_goes_on_where_it_stopped(tmp_path):
-    first = start(tmp_path)
-    records = results.records_file(tmp_path, "tiny")
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory):
+    """The folder of the tiny study, interrupted and continued; its records before; what the second command printed."""
+    out = tmp_path_factory.mktemp("tiny")
+    first = start(out)
+    records = results.records_file(out, "tiny")
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -159,32 +161,59 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path):
     assert errors == "interrupted: the runs are saved where they are; the same command goes on from there\n"
     before = records.read_text()
     assert 0 < before.count("\n") < 7
-
-    second = start(tmp_path)
+    second = start(out)
     output, errors = second.communicate(timeout=200)
     assert second.returncode == 0, errors
-    after = records.read_text()
+    return out, before, output
+
+
+@pytest.mark.slow
+def test_interrupted_study_goes_on_where_it_stopped(continued):
+    out, before, output = continued
+    after = results.records_file(out, "tiny").read_text()
     assert after.startswith(before)
     entries = {entry["run"]: entry for entry in map(json.loads, after.splitlines())}
     assert len(entries) == after.count("\n") == 7
     assert f"tiny: {before.count(chr(10))} runs are recorded" in output
-    jobs = tmp_path / "study" / "tiny"
+    jobs = out / "study" / "tiny"
     began = datetime.fromisoformat((jobs / "depthwise-scratch-0" / "logger.log").read_text()[:19])
     taught = (jobs / "depthwise-teacher-0" / "report.json").stat().st_mtime
     assert began.timestamp() < taught, "a run waited for a teacher that it does not need"
 
     od = entries["depthwise-od-0"]
-    assert f"| OD | 2 | {od['test']:.2f} |" in (tmp_path / "RESULTS.md").read_text()
+    assert f"| OD | 2 | {od['test']:.2f} |" in (out / "RESULTS.md").read_text()
     assert od["teacher"]["test"] == entries["depthwise-teacher-0"]["test"]
     assert od["online_teacher"]["params"] > od["params"]
     assert od["seconds"] > 0
     assert od["environment"]["threads"] >= 1
     assert entries["depthwise-scratch_init-0"]["start"].startswith("from the weights of the pretrained teacher")
-    kept = sorted(path.stem for path in results.networks_folder(tmp_path, "tiny").iterdir())
+    kept = sorted(path.stem for path in results.networks_folder(out, "tiny").iterdir())
     assert kept == sorted(name for name in entries if name.endswith("-0"))
-    _, meta = load_student(results.networks_folder(tmp_path, "tiny") / "depthwise-od-0.pt")
+    _, meta = load_student(results.networks_folder(out, "tiny") / "depthwise-od-0.pt")
     assert meta["accuracy"]["test"] == od["test"]
-    assert str(tmp_path) not in json.dumps(meta), "paths of the machine that trained it"
+    assert str(out) not in json.dumps(meta), "paths of the machine that trained it"
+
+
+@pytest.mark.slow
+def test_kept_networks_are_scored_again_from_their_files(continued, monkeypatch, capsys):
+    out, *_ = continued
+    monkeypatch.setitem(study.STUDIES, "tiny", TINY)
+    args = study.parse(["tiny", "--out", str(out), "--check"])
+    with pytest.raises(SystemExit) as exit_:
+        study.main(args)
+    assert exit_.value.code == 0
+    entries = {entry["run"]: entry for entry in results.read_records(out, "tiny")}
+    accuracy = f"{entries['depthwise-od-0']['test']:.2f}"
+    printed = capsys.readouterr().out.splitlines()
+    assert f"depthwise-od-0: recorded {accuracy}, found {accuracy}" in printed
+    assert len(printed) == 1 + sum(entry["seed"] == 0 for entry in entries.values())
+
+    entries["depthwise-od-0"]["test"] += 1
+    monkeypatch.setattr(study, "read_records", lambda *_: list(entries.values()))
+    with pytest.raises(SystemExit) as exit_:
+        study.main(args)
+    assert exit_.value.code == 1
+    assert "3 of 4 networks have their recorded test accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.slow
