@@ -1,6 +1,9 @@
 """Flags and other input that cannot be right: one line, code 2, nothing written."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import finetune
 import main
 import model
 from model.conv import KINDS
-from tests.helpers import make_tree
+from tests.helpers import ROOT, make_tree
 from utils import options
 from utils.errors import UserError
 from utils.job import Job
@@ -29,58 +32,77 @@ def rejected(capsys, script, *flags):
 REFINE = ("--refine", "x.pt")
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "message"),
-    [
-        ("main", ("--lamda", "0.8"), "did you mean --lambda?"),
-        ("main", ("--num_student", "2"), "did you mean --num_students?"),
-        ("main", ("--conv", "dense"), "depthwise"),
-        ("main", ("--lr", "0"), "a number above 0"),
-        ("main", ("--lr", "nan"), "a number above 0"),
-        ("main", ("--lambda", "-1"), "0 or more"),
-        ("main", ("--num_epochs", "1.5"), "a whole number above 0"),
-        ("main", ("--num_students", "0"), "a whole number above 0"),
-        ("main", ("--pruned_num", "-1"), "0 or more"),
-        ("main", ("--momentum", "1"), "below 1"),
-        ("main", ("--temperature", "1e200"), "at most 1000"),
-        ("main", ("--train_batch_size", "1"), "BatchNorm cannot train on a single image"),
-        ("main", ("--eval_batch_size", "99999999999999999999"), "a whole number above 0"),
-        ("main", ("--job_dir", "a\udcff"), "valid UTF-8"),
-        ("main", ("--job_dir", ""), "must not be empty"),
-        ("main", ("--resume", ""), "must not be empty"),
-        ("main", ("--image_size", "32.5"), "a whole number above 0"),
-        ("main", ("--val_size", "1.5"), "a fraction below 1 or a whole number"),
-        ("main", ("--miu", "1"), "needs a pretrained teacher: give --teacher_dir"),
-        ("main", ("--groups", "4"), "--conv group"),
-        ("main", ("--refine", "x.pt"), "belongs to finetune.py"),
-        ("main", ("--pruned",), "belongs to finetune.py"),
-        ("main", ("--pretrain", "--num_students", "2"), "leave out --num_students"),
-        ("main", ("--pretrain", "--lambda", "0.5"), "leave out --lambda"),
-        ("main", ("--pretrain", "--conv", "shift"), "leave out --conv"),
-        ("main", ("--student_model", "resnet_20", "--conv", "shift"), "leave out --conv or add _sparse"),
-        ("main", ("--pretrain", "--method", "kd"), "leave out --method"),
-        ("main", ("--method", "hinton"), "invalid choice: 'hinton'"),
-        ("main", ("--method", "scratch", "--lambda", "1"), "scratch has no online term: leave out --lambda"),
-        ("main", ("--method", "kd", "--teacher_dir", "x", "--rampup_epochs", "1"), "leave out --rampup_epochs"),
-        ("main", ("--method", "dml", "--teacher_dir", "x", "--miu", "1"), "no pretrained teacher: leave out --miu"),
-        ("main", ("--method", "kd"), "give --teacher_dir"),
-        ("main", ("--method", "kd", "--teacher_dir", "x", "--miu", "0"), "no --miu 0"),
-        ("main", ("--method", "one", "--num_students", "1"), "--num_students must be 2 or more"),
-        ("main", ("--method", "one", "--detach_teacher"), "belongs to --method od"),
-        ("main", ("--train_size", "0"), "above 0"),
-        ("main", ("--scheduler", "cosine", "--lr_decay_step", "3"), "--scheduler step"),
-        ("main", ("--resume", "--reset"), "give one of them"),
-        ("main", ("--test_only", "--reset"), "leave out --reset"),
-        ("finetune", (), "--refine FILE is missing"),
-        ("finetune", (*REFINE, "--pretrain"), "belongs to main.py"),
-        ("finetune", (*REFINE, "--lambda", "0.8"), "leave out --lambda"),
-        ("finetune", (*REFINE, "--num_students", "4"), "leave out --num_students"),
-        ("finetune", (*REFINE, "--method", "od"), "leave out --method"),
-        ("finetune", (*REFINE, "--miu", "1"), "needs a pretrained teacher"),
-    ],
-)
+CONTRADICTIONS = [
+    ("main", ("--lamda", "0.8"), "did you mean --lambda?"),
+    ("main", ("--num_student", "2"), "did you mean --num_students?"),
+    ("main", ("--conv", "dense"), "depthwise"),
+    ("main", ("--lr", "0"), "a number above 0"),
+    ("main", ("--lr", "nan"), "a number above 0"),
+    ("main", ("--lambda", "-1"), "0 or more"),
+    ("main", ("--num_epochs", "1.5"), "a whole number above 0"),
+    ("main", ("--num_students", "0"), "a whole number above 0"),
+    ("main", ("--pruned_num", "-1"), "0 or more"),
+    ("main", ("--momentum", "1"), "below 1"),
+    ("main", ("--temperature", "1e200"), "at most 1000"),
+    ("main", ("--train_batch_size", "1"), "BatchNorm cannot train on a single image"),
+    ("main", ("--eval_batch_size", "99999999999999999999"), "a whole number above 0"),
+    ("main", ("--job_dir", "a\udcff"), "valid UTF-8"),
+    ("main", ("--job_dir", ""), "must not be empty"),
+    ("main", ("--resume", ""), "must not be empty"),
+    ("main", ("--image_size", "32.5"), "a whole number above 0"),
+    ("main", ("--val_size", "1.5"), "a fraction below 1 or a whole number"),
+    ("main", ("--miu", "1"), "needs a pretrained teacher: give --teacher_dir"),
+    ("main", ("--groups", "4"), "--conv group"),
+    ("main", ("--refine", "x.pt"), "belongs to finetune.py"),
+    ("main", ("--pruned",), "belongs to finetune.py"),
+    ("main", ("--pretrain", "--num_students", "2"), "leave out --num_students"),
+    ("main", ("--pretrain", "--lambda", "0.5"), "leave out --lambda"),
+    ("main", ("--pretrain", "--conv", "shift"), "leave out --conv"),
+    ("main", ("--student_model", "resnet_20", "--conv", "shift"), "leave out --conv or add _sparse"),
+    ("main", ("--pretrain", "--method", "kd"), "leave out --method"),
+    ("main", ("--method", "hinton"), "invalid choice: 'hinton'"),
+    ("main", ("--method", "scratch", "--lambda", "1"), "scratch has no online term: leave out --lambda"),
+    ("main", ("--method", "kd", "--teacher_dir", "x", "--rampup_epochs", "1"), "leave out --rampup_epochs"),
+    ("main", ("--method", "dml", "--teacher_dir", "x", "--miu", "1"), "no pretrained teacher: leave out --miu"),
+    ("main", ("--method", "kd"), "give --teacher_dir"),
+    ("main", ("--method", "kd", "--teacher_dir", "x", "--miu", "0"), "no --miu 0"),
+    ("main", ("--method", "one", "--num_students", "1"), "--num_students must be 2 or more"),
+    ("main", ("--method", "one", "--detach_teacher"), "belongs to --method od"),
+    ("main", ("--train_size", "0"), "above 0"),
+    ("main", ("--scheduler", "cosine", "--lr_decay_step", "3"), "--scheduler step"),
+    ("main", ("--resume", "--reset"), "give one of them"),
+    ("main", ("--test_only", "--reset"), "leave out --reset"),
+    ("finetune", (), "--refine FILE is missing"),
+    ("finetune", (*REFINE, "--pretrain"), "belongs to main.py"),
+    ("finetune", (*REFINE, "--lambda", "0.8"), "leave out --lambda"),
+    ("finetune", (*REFINE, "--num_students", "4"), "leave out --num_students"),
+    ("finetune", (*REFINE, "--method", "od"), "leave out --method"),
+    ("finetune", (*REFINE, "--miu", "1"), "needs a pretrained teacher"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), CONTRADICTIONS)
 def test_contradictions_are_refused(capsys, script, flags, message):
     assert message in rejected(capsys, script, *flags)
+
+
+def test_help_and_contradictions_are_answered_without_pytorch():
+    code = """
+import json, runpy, sys
+sys.modules["torch"] = None  # to import it is an ImportError
+for script, flags in json.load(sys.stdin):
+    sys.argv = [f"{script}.py", *flags]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert end.code == (0 if "--help" in flags else 2), sys.argv
+"""
+    commands = [(script, flags) for script, flags, _ in CONTRADICTIONS] + [
+        ("main", ["--help"]),
+        ("finetune", ["--help"]),
+    ]
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, input=json.dumps(commands), cwd=ROOT, text=True, stdout=subprocess.DEVNULL, check=True)
 
 
 def test_defaults_are_the_paper_s_recipe():

@@ -1,7 +1,18 @@
-"""What the scripts are made of: flags, losses, the loop, files, reports."""
+"""Two floors: the ground floor imports nothing of this project but itself, and data/ and model/ build on it.
+
+The upper floor may import both of them and the ground floor; only the scripts import it.
+"""
 
 import os
 import sys
+
+GROUND_FLOOR = ("errors", "files", "distributed", "normalization", "losses")
+UPPER_FLOOR = (
+    *("options", "config", "methods", "setup"),  # from the flags to a run
+    *("engine", "evaluation", "progress", "schedule", "graphs", "device", "cores", "interruption"),  # training
+    *("checkpoint", "contents", "inputs", "teacher", "job", "events"),  # files
+    *("report", "tables", "curves", "export", "cost"),  # results
+)
 
 if sys.version_info < (3, 10):  # noqa: UP036, whoever has an older one is told so
     print(f"error: Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
