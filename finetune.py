@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from model import build, check_teacher, variant_for
+from model import check_teacher
 from model.online import Students
 from utils import checkpoint, export, inputs, report
 from utils.config import Config
@@ -29,7 +29,7 @@ from utils.cost import Cost, check_fits, count
 from utils.engine import Trainer
 from utils.evaluation import Accuracy, accuracy
 from utils.report import Results, Row
-from utils.setup import Run, prepare, run_script
+from utils.setup import Run, prepare, run_script, standard_network
 
 
 def main(config: Config) -> None:
@@ -100,9 +100,7 @@ def results(run: Run, trainer: Trainer, before: nn.Module, source: dict[str, Any
     same_data = all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size"))
     known = {network["name"]: network for network in source.get("networks", [])} if same_data else {}
     name = report.standard_name(config.teacher_model)
-    if not (standard := run.teacher):  # an untrained one, to compare costs with
-        variant = variant_for(config.arch, config.teacher_model, size)
-        standard = build(config.teacher_model, len(run.dataset.classes), arch=config.arch, **variant)
+    standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
     found = [accuracy(standard, batches) for batches in splits] if run.teacher else _recorded(known.get(name, {}))
     rows = [Row(name, "standard", count(standard, size), *found, network=standard)]
     for title, role, network in (

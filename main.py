@@ -33,7 +33,7 @@ from utils.engine import Trainer
 from utils.evaluation import accuracies, accuracy, evaluate
 from utils.methods import METHODS
 from utils.report import Results, Row
-from utils.setup import Run, prepare, run_script
+from utils.setup import Run, prepare, run_script, standard_network
 from utils.teacher import start_from
 
 
@@ -79,12 +79,6 @@ def build_student(config: Config, num_classes: int, **variant: Any) -> nn.Module
     )
 
 
-def build_standard(config: Config, dataset: DataSet) -> nn.Module:
-    """The standard network, untrained."""
-    variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
-    return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
-
-
 def build_learner(config: Config, dataset: DataSet, teacher: nn.Module | None) -> Students:
     """The learner, untrained: the standard network alone, or students, with the teacher that --method makes of them.
 
@@ -95,7 +89,7 @@ def build_learner(config: Config, dataset: DataSet, teacher: nn.Module | None) -
         UserError: the networks do not take such images, or do not tell so many classes apart.
     """
     if config.pretrain:
-        networks = [build_standard(config, dataset)]
+        networks = [standard_network(config, dataset)]
     else:
         variant = variant_for(config.arch, config.student_model, dataset.input_size)
         variant |= teacher.variant if config.init == "teacher" else {}
@@ -105,12 +99,8 @@ def build_learner(config: Config, dataset: DataSet, teacher: nn.Module | None) -
 
 def learner_of(config: Config, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
     """The networks, with the teacher that --method makes of them."""
-    check_fits(networks[0], trained_model(config), dataset.input_size, len(dataset.classes))
+    check_fits(networks[0], config.trained_model, dataset.input_size, len(dataset.classes))
     return METHODS[config.method].learner(config, networks, len(dataset.classes))
-
-
-def trained_model(config: Config) -> str:
-    return config.teacher_model if config.pretrain else config.student_model
 
 
 def describe_run(
@@ -120,7 +110,7 @@ def describe_run(
     recorded = config.recorded()
     return {
         "arch": recorded["arch"],
-        "model": trained_model(config),
+        "model": config.trained_model,
         "conv": config.conv,
         "groups": config.groups,
         "pruned_num": config.pruned_num,
@@ -138,7 +128,7 @@ def results(run: Run, trainer: Trainer) -> Results:
     splits = (run.loaders.val, run.loaders.test)
     standard = best if config.pretrain else run.teacher
     known = [accuracy(standard, batches) for batches in splits] if standard else []
-    standard = standard or build_standard(config, run.dataset)  # untrained, to compare costs with
+    standard = standard or standard_network(config, run.dataset)  # untrained, to compare costs with
     name = report.standard_name(config.teacher_model)
     rows = [Row(name, "standard", count(standard, size), *known, network=standard)]
     if config.pretrain:

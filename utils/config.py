@@ -278,6 +278,11 @@ class Config:
 
     typed: frozenset[str] = frozenset()  # the fields whose flags were typed
 
+    @property
+    def trained_model(self) -> str:
+        """Name of the network that main.py trains and exports."""
+        return self.teacher_model if self.pretrain else self.student_model
+
     def refuse(self, *names: str, message: str) -> None:
         """Raise a UserError with `message`, in which {flag} is filled in, for the first of these fields that is set."""
         for name in names:

@@ -12,6 +12,7 @@ from torch import nn
 import data
 from data.loader import Loaders, make_loaders
 from data.sources import DataSet
+from model import build, variant_for
 from utils import checkpoint, distributed, export, report
 from utils.config import Config
 from utils.cores import cores
@@ -108,6 +109,12 @@ class Run:
     def end(self) -> None:
         self.job.close()
         distributed.stop()
+
+
+def standard_network(config: Config, dataset: DataSet) -> nn.Module:
+    """The standard network for such images and classes, untrained."""
+    variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
+    return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
 
 
 def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, dict[str, Any]] | None = None) -> Run:
