@@ -23,8 +23,7 @@ from utils.config import completed
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.evaluation import evaluate
-from utils.events import wall_times
-from utils.job import Job
+from utils.job import Job, wall_times
 from utils.losses import online_distillation
 
 CPU = torch.device("cpu")

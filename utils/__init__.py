@@ -10,7 +10,7 @@ GROUND_FLOOR = ("errors", "files", "distributed", "normalization", "losses")
 UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
     *("engine", "evaluation", "progress", "schedule", "graphs", "device", "cores", "interruption"),  # training
-    *("checkpoint", "contents", "inputs", "teacher", "job", "events"),  # files
+    *("checkpoint", "contents", "inputs", "teacher", "job"),  # files
     *("report", "tables", "curves", "export", "cost"),  # results
 )
 

@@ -2,27 +2,33 @@
 
 import json
 import os
+import struct
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
 from utils import distributed
 from utils.config import BEST, FORMATS, LAST, RESUME_LAST, resume_command
 from utils.errors import UserError, log, log_to
-from utils.events import Events, wall_times
 from utils.files import Lock, atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption
 
 PHASES = ("train", "test")
-MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # by which a config.json is this program's
+MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # keys that every config.json of this program has
 
 
 class Job:
-    """A job_dir; nothing is written before `open`, which keeps other runs out of it until `close`.
+    """A job_dir. Nothing is written before `open`, which keeps other runs out of it until `close`.
 
     Args:
-        config: the run's configuration, of which the name of the exported network follows.
+        config: the run's configuration, which determines the name of the exported network.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]):
@@ -40,54 +46,79 @@ class Job:
         self.curves = folder / "curves.png"
         self.lock = Lock(folder / "lock")
         self.logger = log
-        self.writes = distributed.rank() == 0  # of all processes of a run, one does
+        self.writes = distributed.rank() == 0  # one process of a run writes
         self._seen: dict[Path, tuple[int, ...]] | None = None
 
     def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
-        """The checkpoint that --resume means; None without it, or if it is bare and nothing was trained yet.
+        """Check that the run may write here, and find the checkpoint of --resume.
 
         Args:
             inputs: files and folders that the run reads, which --reset must not delete.
 
+        Returns:
+            The checkpoint to resume; None without --resume, or with a bare --resume before anything was trained.
+
         Raises:
-            UserError: the folder cannot be written, is in use, holds a run that is neither resumed nor reset, or an
-                input, or files of these names that are not a run's; --reset would delete behind a symbolic link.
+            UserError: the folder cannot be written or is in use; it holds files that are not a run's, or a run that is
+                neither resumed nor reset; --reset would delete an input or a file behind a symbolic link.
         """
+        resumed = self.last if resume == RESUME_LAST else resume
+        is_here = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
         self._check_kinds()
         if self.writes:
             self.lock.check()
-        doomed = {path.resolve() for path in self._files() if path.exists()} if reset else set()
-        for path in filter(None, inputs):
-            if not doomed.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
-                raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
-        resumed = self.last if resume == RESUME_LAST else resume
-        own = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
         existing = sorted(path for path in self._files() if path.exists())
-        if existing and not self._earlier_config() and not (own and resumed.exists()):
-            raise UserError(
-                f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
-            )
-        if reset and (linked := [path for path in existing if not self._is_inside(path)]):
-            raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
-        # A run that was killed before it had trained anything leaves flags, a log and an empty record.
-        held = [path for path in existing if path not in (self.config, self.log_file) and path.stat().st_size]
-        if held and not (own or reset):
-            raise UserError(
-                f"{self.folder} already holds a run ({held[0].name}): continue it with --resume, delete it with "
-                "--reset, or choose another --job_dir"
-            )
-        if held and resumed == self.last and not self.last.exists():
-            best = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
-            raise UserError(
-                f"{self.folder} holds a run ({held[0].name}) without its {self.last.name}: {best}delete it with "
-                "--reset, or choose another --job_dir"
-            )
-        resumed = None if resume == RESUME_LAST and not self.last.exists() else resumed
+        if reset:
+            self._check_inputs(existing, inputs)
+        if not (is_here and resumed.exists()):
+            self._check_owner(existing)
+        if reset:
+            self._check_links(existing)
+        else:
+            self._check_not_trained(existing, resumed if is_here else None)
+        if resume == RESUME_LAST and not self.last.exists():
+            resumed = None
         self._seen = self._stamps(resumed)
         return resumed
 
+    def _check_inputs(self, existing: Sequence[Path], inputs: Sequence[Path | None]) -> None:
+        """Raise a UserError if the run reads one of the existing files, which --reset deletes."""
+        deleted = {path.resolve() for path in existing}
+        for path in filter(None, inputs):
+            if not deleted.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
+                raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
+
+    def _check_owner(self, existing: Sequence[Path]) -> None:
+        """Raise a UserError if there are files but no config.json of this program."""
+        if existing and not self._earlier_config():
+            raise UserError(
+                f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
+            )
+
+    def _check_links(self, existing: Sequence[Path]) -> None:
+        """Raise a UserError if --reset would delete a file outside the folder."""
+        if linked := [path for path in existing if not self._is_inside(path)]:
+            raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
+
+    def _check_not_trained(self, existing: Sequence[Path], resumed: Path | None) -> None:
+        """Raise a UserError if there are results of a run that does not go on from `resumed`."""
+        # A run that was killed before its first checkpoint leaves its flags, a log and an empty record.
+        results = [path for path in existing if path not in (self.config, self.log_file) and path.stat().st_size]
+        if not results or (resumed and (resumed != self.last or self.last.exists())):
+            return
+        if resumed is None:
+            raise UserError(
+                f"{self.folder} already holds a run ({results[0].name}): continue it with --resume, delete it with "
+                "--reset, or choose another --job_dir"
+            )
+        best = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
+        raise UserError(
+            f"{self.folder} holds a run ({results[0].name}) without its {self.last.name}: {best}delete it with "
+            "--reset, or choose another --job_dir"
+        )
+
     def _check_kinds(self) -> None:
-        """Raise a UserError for a folder in a file's place, or the reverse, and where no folder can be made."""
+        """Raise a UserError if a folder has the name of a file, or a folder cannot be made or written."""
         for path in (*self._files(), self.lock.path):
             if path.exists() and not path.is_file():
                 raise UserError(f"{path} is not a file: delete it, or choose another --job_dir")
@@ -98,14 +129,14 @@ class Job:
                 raise UserError(f"--job_dir {self.folder} cannot be written: {parent} {fault}")
 
     def _check_unchanged(self, resumed: Path | None) -> None:
-        """Raise a UserError if another run wrote to the files here, or to `resumed`, since they were checked."""
+        """Raise a UserError if another run wrote here or to `resumed` after `checkpoint_to_resume`."""
         now = self._stamps(resumed)
         if self._seen is not None and (changed := sorted(path for path, _ in self._seen.items() ^ now.items())):
             self.lock.release()
             raise UserError(f"another run has written {changed[0]} meanwhile: look at it, and start this one again")
 
     def _stamps(self, resumed: Path | None) -> dict[Path, tuple[int, ...]]:
-        """What changes when another run writes to its files, or to the checkpoint that this one reads."""
+        """Inode, size and time of each file here and of `resumed`, which change when another run writes them."""
         stats = {path: path.stat() for path in (*self._files(), *filter(None, [resumed])) if path.exists()}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
@@ -121,18 +152,21 @@ class Job:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
     def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
-        """Create the folder, or with reset clear it, and start its logs; it can then be resumed at any time.
+        """Create the folder, or clear it with `reset`, and start its logs. From then on the run can be resumed.
 
-        A run that is resumed keeps what its `epoch` epochs recorded, and tensorboard shows them again; one that is
-        resumed from another job's checkpoint takes over that, its record and its best epoch.
+        Args:
+            resumed: the checkpoint to resume. Its job's record and best epoch are copied here if it is elsewhere.
+            epoch: epochs done; the record keeps their lines, and tensorboard shows them again.
 
         Raises:
-            UserError: the folder cannot be written, is in use, or another run wrote to it since it was checked.
+            UserError: the folder cannot be written, is in use, or another run wrote to it after it was checked.
         """
         if not self.writes:
             return
-        record, times = (read_metrics(_record_of(resumed)), _times_of(resumed)) if resumed else ([], {})
-        kept = [line for line in record if line["epoch"] <= epoch]
+        kept, times = [], {}
+        if resumed:
+            kept = [line for line in read_metrics(_record_of(resumed)) if line["epoch"] <= epoch]
+            times = wall_times(_folder_of(resumed) / "run" / PHASES[-1])
         try:
             with interruption.deferred():
                 self.last.parent.mkdir(parents=True, exist_ok=True)
@@ -147,21 +181,21 @@ class Job:
                 with atomic_write(self.metrics, "w") as file:
                     file.writelines(json.dumps(line) + "\n" for line in kept)
                 log_to(self.log_file)
-                self.writers = {phase: Events(self.events / phase) for phase in PHASES}
+                self.writers = {phase: _events_writer(self.events / phase) for phase in PHASES}
                 for line in kept:
                     self._add_scalars(line, times.get(line["epoch"]))
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
     def _take_over(self, resumed: Path) -> None:
-        """Copy what a run goes on from, unless it is here."""
+        """Copy the checkpoint to resume, its record and its best epoch, unless they are here."""
         sources = {self.metrics: _record_of(resumed), self.last: resumed, self.best: resumed.with_name(self.best.name)}
         for target, source in sources.items():
             if source.exists() and source.resolve() != target.resolve():
                 atomic_copy(source, target)
 
     def _files(self) -> set[Path]:
-        """What a run writes, tensorboard aside; with the network that the run here before exported."""
+        """The files that a run writes, except events, and the networks that the earlier run here exported."""
         exported = {self.export, self.export_teacher}
         files = {self.config, self.log_file, self.metrics, self.last, self.best}
         files |= {self.report, self.report_json, self.curves}
@@ -172,21 +206,21 @@ class Job:
         return files | exported | {deployed(path, form) for path in exported for form in FORMATS}
 
     def _earlier_config(self) -> dict[str, Any] | None:
-        """The configuration of the run here before; None if no config.json of this program is here."""
+        """The configuration of the earlier run here; None without a config.json of this program."""
         with suppress(OSError, ValueError):
             config = json.loads(self.config.read_text(encoding="utf-8"))
             return config if isinstance(config, dict) and config.keys() >= MARKS else None
         return None
 
     def _is_inside(self, path: Path) -> bool:
-        """Whether it is in the folder itself, not behind a symbolic link that leads out of it."""
+        """Whether it is in the folder, not behind a symbolic link that leads out of it."""
         return path.parent.resolve().is_relative_to(self.folder.resolve())
 
     def _clear(self, everything: bool) -> None:
-        """Delete what an earlier run did not finish or what is written anew; or everything that a run writes."""
-        for path in sorted(self._files(), key=lambda path: path != self.last):  # then there is nothing to resume
+        """Delete unfinished files and events of earlier runs, or all files that a run writes."""
+        for path in sorted(self._files(), key=lambda path: path != self.last):  # last.pt first: no half run is resumed
             delete_unfinished(path)
-            if everything and path != self.config:  # which says whose the folder is, and is replaced
+            if everything and path != self.config:  # config.json marks the folder as ours until it is replaced
                 path.unlink(missing_ok=True)
         for phase in PHASES:
             for events in filter(self._is_inside, (self.events / phase).glob("events.out.tfevents.*")):
@@ -209,8 +243,13 @@ class Job:
         self._add_scalars(line)
 
     def _add_scalars(self, line: dict[str, Any], wall_time: float | None = None) -> None:
+        """Write an epoch's scalars to tensorboard: `wall_time` is in seconds since 1970, None for now."""
+        wall_time = wall_time or time.time()
         for phase, values in (("train", {"lr": line["lr"], **line["train"]}), ("test", line["val"])):
-            self.writers[phase].add(flatten(values), line["epoch"], wall_time)
+            for name, value in flatten(values).items():
+                event = Event(wall_time=wall_time, step=line["epoch"], summary=scalar(name, value))
+                self.writers[phase].write_event(event)
+            self.writers[phase].flush()
 
     def close(self) -> None:
         interruption.message = "the run was complete"
@@ -223,7 +262,7 @@ class Job:
 
 
 def export_name(config: dict[str, Any], network: str = "pruned") -> str:
-    """File name of the best student that a run exports, or of its online teacher ("teacher")."""
+    """File name of the exported student ("pruned") or of the exported online teacher ("teacher")."""
     if config["pretrain"]:
         return f"{config['teacher_model']}.pt"
     return f"{Path(config['arch']).stem}_{network}_{config['pruned_num']}.pt"
@@ -235,7 +274,7 @@ def deployed(exported: Path, form: str) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one for each epoch; a last line that was cut off is left out.
+    """The lines of a metrics.jsonl, one for each epoch. A last line that was cut off is dropped.
 
     Raises:
         UserError: another line is damaged.
@@ -256,14 +295,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def _folder_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent
+
+
 def _record_of(checkpoint: Path) -> Path:
-    """The metrics.jsonl of the job that a checkpoint belongs to."""
-    return checkpoint.parent.parent / "metrics.jsonl"
+    return _folder_of(checkpoint) / "metrics.jsonl"
 
 
-def _times_of(checkpoint: Path) -> dict[int, float]:
-    """When each epoch of the job that a checkpoint belongs to was recorded."""
-    return wall_times(checkpoint.parent.parent / "run" / PHASES[-1])
+def _events_writer(folder: Path) -> EventsWriter:
+    """A writer without SummaryWriter's thread, which would hide a failure or lose events at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return EventsWriter(str(folder / "events"))
+
+
+def wall_times(folder: Path) -> dict[int, float]:
+    """When the scalars of each step were written, from the readable part of the events files in a folder."""
+    times = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        content, start = path.read_bytes(), 0
+        with suppress(struct.error, DecodeError):  # the file was cut off
+            while start < len(content):
+                (length,) = struct.unpack_from("<Q", content, start)  # then its checksum, the event, and its checksum
+                event = Event.FromString(content[start + 12 : start + 12 + length])
+                times[event.step] = event.wall_time
+                start += length + 16
+    return times
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:
