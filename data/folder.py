@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import small_images
-from data.images import SkippedImages
+from data.images import SkippedImages, read_small
 from data.published import require_scipy
 from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
@@ -15,6 +14,7 @@ from utils.normalization import NORMALIZATIONS
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
+LARGEST = 64  # pixels on each side of images that are kept in memory
 IMAGE_SIZE = 224  # of streamed images, unless the user says otherwise
 ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 
@@ -22,7 +22,7 @@ ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_de
 def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataSet:
     """The images under data_dir. With both test/ and val/, val/ is the validation set.
 
-    Images that are all of one size of at most 64 x 64 go to memory, unless image_size says to stream them.
+    Images that are all of one size of at most LARGEST x LARGEST go to memory, unless image_size says to stream them.
 
     Raises:
         UserError: no such tree, a split without images, fewer than two classes, other classes in test than in train,
@@ -31,17 +31,20 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
     root = data_dir.resolve()
     classes, splits = _tree(root, [name for name in ("train", "test", "val") if (root / name).is_dir()])
     paths = np.concatenate([split.images for split in splits.values()])
-    skipped = SkippedImages(len(paths))
-    small = None if image_size else small_images(root, paths, skipped, workers)
+    small = None if image_size else read_small(paths, LARGEST, workers)
     if small is None:
         return _streamed("folder", classes, splits, image_size)
 
-    targets, start = np.concatenate([split.targets for split in splits.values()])[small.kept], 0
+    images, damaged = small
+    skipped = SkippedImages(len(paths))
+    skipped.add({paths[index]: reason for index, reason in damaged.items()})
+    start = 0
     for name, split in splits.items():
-        chosen = slice(*np.searchsorted(small.kept, (start, start := start + len(split))))
-        splits[name] = Split(small.images[chosen], targets[chosen])
-        if not len(splits[name]):
+        kept = np.setdiff1d(np.arange(start, start + len(split)), list(damaged))
+        if not len(kept):
             raise UserError(f"none of the images in {root / name} can be read: repair them")
+        splits[name] = Split(images[kept], split.targets[kept - start])
+        start += len(split)
     mean, std = channel_statistics(splits["train"].images)
     return DataSet(
         name="folder",
@@ -49,7 +52,7 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
         **_roles(splits),
         mean=mean,
         std=std,
-        padding=small.images.shape[1] // 8,  # 4 pixels of 32, as CIFAR's recipe
+        padding=images.shape[1] // 8,  # 4 pixels of 32, as CIFAR's recipe
         flip=True,
         skipped=skipped,
     )

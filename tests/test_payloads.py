@@ -1,13 +1,10 @@
 """Files that would run code when they are unpickled, in every place where a script reads a file: none of it runs."""
 
-import numpy as np
 import pytest
 import torch
 
-import data
 import finetune
 import main
-from tests.helpers import make_tree
 from tests.test_checkpoint import Payload, training_checkpoint, write_malicious, write_pickle
 from utils import checkpoint, options
 from utils.errors import UserError
@@ -48,37 +45,6 @@ def test_code_in_files_of_weights_does_not_run(tmp_path, write, script, flags, n
         script.main(options.parse(script.__name__, flags))
     assert not (folder / "ran").exists()
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("where", ["all of it", "fingerprint", "images", "damaged"])
-def test_code_in_the_cache_of_a_folder_does_not_run(tmp_path, where):
-    """The images are decoded anew instead."""
-    make_tree(tmp_path / "set")
-    before = data.load("folder", tmp_path / "set", 0)
-    cache = tmp_path / "set.cache.npz"
-    if where == "all of it":
-        write_pickle(cache)
-    else:
-        with np.load(cache) as file:
-            content = dict(file)
-        np.savez(cache, **content | {where: np.array([Payload(tmp_path / "ran")], dtype=object)})
-    after = data.load("folder", tmp_path / "set", 0)
-    assert np.array_equal(before.train.images, after.train.images)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("change", [{"damaged": [12]}, {"damaged": [-1]}, {"reasons": []}])
-def test_a_cache_whose_parts_contradict_each_other_is_made_anew(tmp_path, change):
-    make_tree(tmp_path / "set", count=3)
-    before = data.load("folder", tmp_path / "set", 0)
-    cache = tmp_path / "set.cache.npz"
-    with np.load(cache) as file:
-        content = dict(file)
-    content |= {"images": content["images"][1:], "damaged": [0], "reasons": ["no image"]} | change
-    np.savez(cache, **content)
-    after = data.load("folder", tmp_path / "set", 0)
-    assert np.array_equal(before.train.images, after.train.images)
-    assert after.skipped.reasons == {}
 
 
 def test_python_files_that_only_a_checkpoint_names_do_not_run(tmp_path):
