@@ -6,13 +6,13 @@ Small images stay in memory, on the training device, as one uint8 tensor; others
 from dataclasses import replace
 from pathlib import Path
 
-from data.folder import folder, imagenet
-from data.published import PUBLISHED, published
+from data.folder import folder
 from data.sources import DataSet, digits, stratified_split
+from data.torchvision_sets import TORCHVISION_SETS, imagenet
 from utils.errors import UserError
 
 DOWNLOADS = Path(__file__).with_name("downloads")
-NAMES = ("digits", *PUBLISHED, "imagenet", "folder")
+NAMES = ("digits", *TORCHVISION_SETS, "imagenet", "folder")
 
 
 def load(
@@ -48,7 +48,7 @@ def load(
     elif image_size:
         raise UserError(f"--image_size is for imagenet and folder: {name} has images of one size, leave it out")
     else:
-        dataset = digits() if name == "digits" else published(name, data_dir or DOWNLOADS)
+        dataset = digits() if name == "digits" else TORCHVISION_SETS[name].load(name, data_dir or DOWNLOADS)
 
     if len(dataset.train) < 2:
         raise UserError(f"{name} has {len(dataset.train)} training image: at least 2 are needed")

@@ -1,4 +1,4 @@
-"""Trees of images, `train/<class>/*` and `test|val/<class>/*`: small ones go to memory, all others stream."""
+"""Trees of image files, `train/<class>/*` and `test|val/<class>/*`: small images go to memory, others stream."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from data.images import SkippedImages, read_small
-from data.published import require_scipy
 from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
 from utils.normalization import NORMALIZATIONS
@@ -16,7 +15,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
 LARGEST = 64  # pixels on each side of images that are kept in memory
 IMAGE_SIZE = 224  # of streamed images, unless the user says otherwise
-ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 
 
 def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataSet:
@@ -29,11 +27,11 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
             too many images that cannot be read.
     """
     root = data_dir.resolve()
-    classes, splits = _tree(root, [name for name in ("train", "test", "val") if (root / name).is_dir()])
+    classes, splits = image_tree(root, ("train", "test", "val"))
     paths = np.concatenate([split.images for split in splits.values()])
     small = None if image_size else read_small(paths, LARGEST, workers)
     if small is None:
-        return _streamed("folder", classes, splits, image_size)
+        return streamed("folder", classes, splits, image_size)
 
     images, damaged = small
     skipped = SkippedImages(len(paths))
@@ -58,41 +56,8 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
     )
 
 
-def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
-    """ImageNet-1k, or any tree like it: train/<wnid>/*, and val/<wnid>/* as the test set, both streamed.
-
-    A data_dir that holds the three archives as downloaded instead is unpacked first, which takes disk space and time.
-
-    Raises:
-        UserError: neither is there, or what is there is not whole.
-    """
-    root = data_dir.resolve()
-    _unpack(root)
-    return _streamed(
-        "imagenet", *_tree(root, [name for name in ("train", "val") if (root / name).is_dir()]), image_size
-    )
-
-
-def _unpack(root: Path) -> None:
-    """Let torchvision unpack the splits that are there as archives only."""
-    splits = {name: root / name for name in ("train", "val")}
-    for archive, (name, split) in zip(ARCHIVES, splits.items(), strict=False):
-        if not split.exists() and (root / archive).exists():
-            from torchvision.datasets import ImageNet
-
-            require_scipy("imagenet's devkit")
-            print(f"unpacking {root / archive}, once", flush=True)
-            try:
-                ImageNet(root, name)
-            except (RuntimeError, EOFError) as error:
-                raise UserError(f"{root} cannot be unpacked: {error}") from error
-    for split in splits.values():
-        # torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one.
-        if split.is_dir() and any(entry.name.lower().endswith((".tar", ".jpeg")) for entry in os.scandir(split)):
-            raise UserError(f"{split} was not unpacked to its end: delete it, and run again to unpack it anew")
-
-
-def _streamed(name: str, classes: list[str], splits: dict[str, Split], image_size: int | None) -> DataSet:
+def streamed(name: str, classes: list[str], splits: dict[str, Split], image_size: int | None) -> DataSet:
+    """A data set whose images are read from their files in every epoch."""
     mean, std = NORMALIZATIONS["imagenet"]
     return DataSet(
         name=name,
@@ -108,16 +73,17 @@ def _streamed(name: str, classes: list[str], splits: dict[str, Split], image_siz
 
 
 def _roles(splits: dict[str, Split]) -> dict[str, Split]:
-    """What each split is for; a lone val/ is the test set."""
+    """Splits by their use: without test/, val/ is the test set."""
     return splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
 
 
-def _tree(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, Split]]:
-    """The classes of root/train, and for each split of that name the files below it, by class and name.
+def image_tree(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, Split]]:
+    """The classes in root/train, and the image files of each split in `names` that exists, sorted by class and name.
 
     Raises:
-        UserError: as `folder` says.
+        UserError: there is no such tree; a split without images; fewer than two classes; a class that train lacks.
     """
+    names = [name for name in names if (root / name).is_dir()]
     if "train" not in names:
         raise UserError(f"{root} has no folder train: {LAYOUT}")
     if len(names) == 1:

@@ -15,7 +15,6 @@ from data.images import DamagedImage, SkippedImages, read
 from data.loader import Normalization, epoch_seed, without_a_small_last
 from data.sources import DataSet, Preprocessing, Split
 from utils import distributed
-from utils.cores import cores
 from utils.distributed import share
 from utils.errors import UserError
 from utils.interruption import out_of_reach
@@ -112,7 +111,7 @@ class StreamedBatches:
     Args:
         order: which images, with which seeds, make a batch.
         transform: a PIL image -> (3, S, S) uint8.
-        workers: processes, no more than this one's cores; 0 reads in this one. Those for training stay.
+        workers: processes that read images; 0: this process does. Those for training stay between epochs.
         skipped: takes the images that cannot be read.
         training: batches of which a process has fewer than two images are left out, for BatchNorm.
 
@@ -135,7 +134,7 @@ class StreamedBatches:
         self.loader = DataLoader(
             ImageFiles(split, transform),
             batch_sampler=order,
-            num_workers=min(workers, cores()),
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=normalize.device.type == "cuda",
             persistent_workers=training and workers > 0,

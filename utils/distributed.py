@@ -132,7 +132,7 @@ def share(count: int) -> slice:
 
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """The first process of a machine goes first, so that the others find what it downloaded, decoded or compiled."""
+    """The first process of a machine goes first, so that the others find what it downloaded or unpacked."""
     first = world_size() == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         wait_for_all()

@@ -132,11 +132,8 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     precision, execution = pick_precision(config.precision, device), pick_execution(config.compile, device)
     job = Job(config.job_dir, config.recorded())
     resumed = None if config.test_only else job.checkpoint_to_resume(config.resume, config.reset, inputs)
-    workers = config.workers or min(8, cores())
-    with distributed.first_on_each_machine():
-        dataset = data.load(
-            config.dataset, config.data_dir, config.val_size, workers, config.image_size, config.train_size
-        )
+    workers = min(config.workers or 8, cores())
+    dataset = data.load(config.dataset, config.data_dir, config.val_size, workers, config.image_size, config.train_size)
     if trained:
         path, meta = trained
         dataset = checkpoint.as_trained(dataset, meta, path)

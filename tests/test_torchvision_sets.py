@@ -256,11 +256,11 @@ def test_imagenet_that_was_not_unpacked_to_its_end_is_refused(tmp_path, monkeypa
     data.load("imagenet", tmp_path, 0)
     left = tmp_path / "val" / "ILSVRC2012_val_00000004.JPEG"
     left.touch()
-    with pytest.raises(UserError, match=r"/val was not unpacked to its end: delete it"):
+    with pytest.raises(UserError, match=r"/val was not unpacked completely: delete it"):
         data.load("imagenet", tmp_path, 0)
     left.unlink()
     (tmp_path / "train" / f"{WNIDS[1]}.tar").touch()
-    with pytest.raises(UserError, match=r"/train was not unpacked to its end: delete it"):
+    with pytest.raises(UserError, match=r"/train was not unpacked completely: delete it"):
         data.load("imagenet", tmp_path, 0)
 
 

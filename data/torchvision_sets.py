@@ -1,0 +1,136 @@
+"""Data sets that torchvision downloads or unpacks: small ones go to memory, ImageNet streams."""
+
+import inspect
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.folder import image_tree, streamed
+from data.sources import DataSet, Split, channel_statistics
+from utils.distributed import first_on_each_machine
+from utils.errors import UserError
+from utils.normalization import NORMALIZATIONS, MeanStd
+
+# torchvision is imported inside functions: it takes a second, which the other data sets do not need.
+
+
+class TorchvisionSet(NamedTuple):
+    """A small data set in torchvision.datasets.
+
+    Attributes:
+        class_name: of torchvision's class.
+        path: file or folder of a split, below data_dir.
+        flip, border: as in DataSet; with the border, images are 32 x 32.
+        statistics: mean and std; None: those of the training images.
+        matlab: its files are read with scipy.
+    """
+
+    class_name: str
+    path: str
+    flip: bool
+    border: int = 0
+    statistics: MeanStd | None = None
+    matlab: bool = False
+
+    def load(self, name: str, data_dir: Path) -> DataSet:
+        """Read the data set from data_dir, or download it there.
+
+        Raises:
+            UserError: it is damaged, or neither there nor to be downloaded.
+        """
+        with first_on_each_machine():
+            (train, classes), (test, _) = (self._read(name, data_dir, split) for split in ("train", "test"))
+        mean, std = self.statistics or channel_statistics(train.images)
+        return DataSet(name, classes, train, test, mean, std, padding=4, flip=self.flip, border=self.border)
+
+    def _read(self, name: str, data_dir: Path, split: str) -> tuple[Split, list[str]]:
+        """A split and the names of its classes."""
+        if self.matlab:
+            _require_scipy(name)
+        path = data_dir / self.path.format(split=split)
+        was_there = path.exists()
+        try:
+            return self._arrays(data_dir, split)
+        except Exception as error:  # a damaged file can raise anything
+            reason = " ".join(str(error).split())
+            if was_there:
+                problem = f"{path} is damaged or not complete ({reason}): delete it to have {name} downloaded again"
+            else:
+                problem = (
+                    f"{name} is not in {data_dir} and could not be downloaded ({reason}): put {path.name} there, name "
+                    "the right folder with --data_dir, or try --dataset digits, which needs no download"
+                )
+            raise UserError(problem) from error
+
+    def _arrays(self, data_dir: Path, split: str) -> tuple[Split, list[str]]:
+        from torchvision import datasets
+
+        factory = getattr(datasets, self.class_name)
+        named = "split" in inspect.signature(factory).parameters  # else: train=True or False
+        dataset = factory(data_dir, split if named else split == "train", download=True)
+        images, targets = np.asarray(dataset.data), np.asarray(getattr(dataset, "labels" if named else "targets"))
+        if not 0 < len(images) == len(targets):
+            raise ValueError(f"{len(images):,} images, {len(targets):,} labels")
+        if images.ndim == 3:  # gray
+            images = np.repeat(images[..., None], 3, axis=-1)
+        elif images.shape[1] == 3:  # (n, C, H, W)
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        if border := self.border:
+            images = np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)))
+        return Split(images, targets), getattr(dataset, "classes", [str(digit) for digit in range(10)])
+
+
+TORCHVISION_SETS = {
+    "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", flip=True, statistics=NORMALIZATIONS["cifar"]),
+    "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", flip=True, statistics=NORMALIZATIONS["cifar100"]),
+    "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST", flip=True, border=2),
+    "svhn": TorchvisionSet("SVHN", "{split}_32x32.mat", flip=False, matlab=True),
+}
+
+IMAGENET_ARCHIVES = {  # by the split that they hold
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+}
+
+
+def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
+    """ImageNet-1k, or any tree like it: train/<wnid>/*, and val/<wnid>/* as the test set, both streamed.
+
+    If data_dir holds the archives and the devkit as downloaded, they are unpacked first, which takes disk space and
+    time.
+
+    Raises:
+        UserError: neither is there, or what is there is not complete.
+    """
+    root = data_dir.resolve()
+    with first_on_each_machine():
+        for split, archive in IMAGENET_ARCHIVES.items():
+            _unpack(root, split, archive)
+    return streamed("imagenet", *image_tree(root, ("train", "val")), image_size)
+
+
+def _unpack(root: Path, split: str, archive: str) -> None:
+    """Let torchvision unpack a split of ImageNet, unless its folder is there."""
+    folder = root / split
+    if not folder.exists() and (root / archive).exists():
+        from torchvision.datasets import ImageNet
+
+        _require_scipy("imagenet's devkit")
+        print(f"unpacking {root / archive}, once", flush=True)
+        try:
+            ImageNet(root, split)
+        except (RuntimeError, EOFError) as error:
+            raise UserError(f"{root} cannot be unpacked: {error}") from error
+    # torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one.
+    if folder.is_dir() and any(entry.name.lower().endswith((".tar", ".jpeg")) for entry in os.scandir(folder)):
+        raise UserError(f"{folder} was not unpacked completely: delete it, and run again to unpack it again")
+
+
+def _require_scipy(what: str) -> None:
+    """Raise a UserError if scipy, with which torchvision reads `what`, is not installed."""
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{what} comes in MATLAB files, which scipy reads: pip install scipy") from error
