@@ -1,6 +1,7 @@
 """What a data set is, the one that ships with the project, and what all sources of data sets need."""
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,18 @@ class Split:
 
     def __getitem__(self, indices: np.ndarray | slice) -> "Split":
         return Split(self.images[indices], self.targets[indices])
+
+    def fingerprint(self, data_dir: Path | None) -> dict[str, Any]:
+        """{"count": ..., "sha256": ...} of the targets and pixels, or of the paths below `data_dir` of streamed images."""
+        images = np.ascontiguousarray(self.images)
+        digest = hashlib.sha256(np.ascontiguousarray(self.targets))
+        if images.ndim == 1:
+            root = os.fsencode(data_dir.resolve()) + b"/"
+            digest.update(b"\0".join(path.removeprefix(root) for path in images.tolist()))
+        else:
+            digest.update(str(images.shape).encode())
+            digest.update(images)
+        return {"count": len(self), "sha256": digest.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,11 @@ class DataSet:
         if self.image_size:
             return Preprocessing(resize=(round(height * 256 / 224), round(width * 256 / 224)), crop=(height, width))
         return Preprocessing(resize=(height - 2 * self.border, width - 2 * self.border), crop=(height, width))
+
+    def fingerprints(self, data_dir: Path | None) -> dict[str, dict[str, Any]]:
+        """The fingerprint of each split, by its name."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split.fingerprint(data_dir) for name, split in splits.items()}
 
     @property
     def meta(self) -> dict[str, Any]:

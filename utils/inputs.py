@@ -1,15 +1,13 @@
 """What a run computes from: fingerprints of its images and of networks that were trained before."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from data.sources import DataSet, Split
+from data.sources import DataSet
 from utils.config import Config
 from utils.errors import UserError
 
@@ -27,9 +25,7 @@ def describe(dataset: DataSet, data_dir: Path | None, **networks: nn.Module | No
 
     Images in memory are known by their pixels, images that stream by their paths in data_dir.
     """
-    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    images = {name: _images(split, data_dir) for name, split in splits.items()}
-    return images | {name: _weights(network) for name, network in networks.items() if network}
+    return dataset.fingerprints(data_dir) | {name: _weights(network) for name, network in networks.items() if network}
 
 
 def check_same(was: dict[str, Any], now: dict[str, Any], source: Path) -> None:
@@ -51,23 +47,11 @@ def check_unseen(meta: dict[str, Any], dataset: DataSet, config: Config, source:
     if then["dataset"] != config.dataset or config.val_size in (0, then["val_size"]):
         return
     # A folder that has its own val/ gives the same validation images whatever the val_size.
-    if meta.get("inputs", {}).get("val") != _images(dataset.val, config.data_dir):
+    if meta.get("inputs", {}).get("val") != dataset.val.fingerprint(config.data_dir):
         raise UserError(
             f"--val_size {config.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be "
             f"validated on images that it was trained on; give --val_size {then['val_size']:g}"
         )
-
-
-def _images(split: Split, data_dir: Path | None) -> dict[str, Any]:
-    images = np.ascontiguousarray(split.images)
-    digest = hashlib.sha256(np.ascontiguousarray(split.targets))
-    if images.ndim == 1:
-        root = os.fsencode(data_dir.resolve()) + b"/"
-        digest.update(b"\0".join(path.removeprefix(root) for path in images.tolist()))
-    else:
-        digest.update(str(images.shape).encode())
-        digest.update(images)
-    return {"count": len(split), "sha256": digest.hexdigest()}
 
 
 def _weights(network: nn.Module) -> str:
