@@ -23,10 +23,10 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import ROOT, make_tree, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
-from utils.config import resume_command
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.evaluation import confusion, evaluate
+from utils.interruption import resume_command
 
 
 def normalize(norm, x):

@@ -9,9 +9,15 @@ import pytest
 from experiment import classify, study
 from tests.helpers import ROOT
 from utils import options
+from utils.config import flag_name, flags, is_open
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python ((?:main|finetune)\.py .*)$", README, flags=re.MULTILINE)
+READMES = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md")))]
+FLAGS_README = ROOT / "utils" / "README.md"
+COMMANDS = [
+    command
+    for text in READMES
+    for command in re.findall(r"^(?:python|torchrun .*?) ?((?:main|finetune)\.py .*)$", text, flags=re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -21,7 +27,7 @@ def test_commands_of_the_readme_are_accepted(command):
 
 
 def test_the_readme_s_way_to_classify_is_accepted():
-    (command,) = re.findall(r"^python experiment/classify\.py (.*)$", README, flags=re.MULTILINE)
+    (command,) = re.findall(r"^python experiment/classify\.py (.*)$", READMES[0], flags=re.MULTILINE)
     assert len(classify.parse(shlex.split(command)).images) == 2
 
 
@@ -37,11 +43,29 @@ def test_readme_has_the_commands_of_the_paper_s_repository_to_the_letter():
     ) in COMMANDS
 
 
-def test_readme_describes_every_flag():
-    rows = [line for line in README.splitlines() if line.startswith("| `--")]
-    described = {line.split("`")[1] for line in rows}
-    known = {flag for action in options.build_parser("main")._actions for flag in action.option_strings}
-    assert described == known - {"-h", "--help"}
+FLAGS_START, FLAGS_END = "<!-- flags -->\n", "<!-- end of flags -->"
+
+
+def flag_table():
+    """Every flag of utils/config.py as Markdown, with its defaults."""
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for field in flags():
+        text, _, default = field.metadata["help"].partition(" (default: ")
+        default = default.removesuffix(")") or ("" if is_open(field.default) else field.default)
+        own = field.metadata["finetune"]
+        default = f"{default} (finetune.py: {own})" if own is not None else default
+        lines.append(f"| `--{flag_name(field.name)}` | {default} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_flag_table(text):
+    before, _, rest = text.partition(FLAGS_START)
+    return before + FLAGS_START + flag_table() + FLAGS_END + rest.partition(FLAGS_END)[2]
+
+
+def test_flags_of_the_readme_are_those_of_the_program():
+    text = FLAGS_README.read_text()
+    assert text == with_flag_table(text), "update it: python -m tests.test_docs"
 
 
 @pytest.mark.parametrize("name", ["nonsense", "", "demo test", "setup", "satisfied", "compress"])
@@ -80,3 +104,7 @@ def test_every_recipe_of_run_sh_is_accepted(tmp_path):
             else:
                 options.parse(script_name.removesuffix(".py"), flags)
     assert not (tmp_path / ".venv").exists()
+
+
+if __name__ == "__main__":
+    FLAGS_README.write_text(with_flag_table(FLAGS_README.read_text()))

@@ -20,9 +20,9 @@ import data
 from data.streaming import Shuffled
 from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
 from utils.checkpoint import load_checkpoint
-from utils.config import resume_command
 from utils.errors import UserError
 from utils.files import FRESH, Lock
+from utils.interruption import resume_command
 
 SMALL = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_students", 2, "--train_batch_size", 32)
 SMALL += ("--num_epochs", 2, "--lr", 0.05)

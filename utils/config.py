@@ -6,13 +6,9 @@ To add a flag, add a field to `Config`. The parser, `--help`, config.json and th
 import argparse
 import dataclasses
 import math
-import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +185,17 @@ class Config:
         "training images to use of those that remain: a fraction below 1 or a number (default: all)", type=_share
     )
 
-    num_epochs: int = _training("", 300, finetune=30, type=_positive_int, may_change=True)
-    train_batch_size: int = _training("", 128, type=_batch)
-    eval_batch_size: int = _training("", 100, type=_positive_int, may_change=True)
+    num_epochs: int = _training(
+        "passes over the training images", 300, finetune=30, type=_positive_int, may_change=True
+    )
+    train_batch_size: int = _training("images per step, of all processes together", 128, type=_batch)
+    eval_batch_size: int = _training(
+        "images per batch in validation and test", 100, type=_positive_int, may_change=True
+    )
     lr: float = _training("learning rate", 0.1, finetune=1e-4, type=_positive)
-    momentum: float = _training("", 0.9, type=_fraction)
-    weight_decay: float = _training("", 2e-4, type=_weight)
-    scheduler: str = _training("", "step", choices=("step", "cosine"))
+    momentum: float = _training("of SGD", 0.9, type=_fraction)
+    weight_decay: float = _training("of SGD, on all parameters", 2e-4, type=_weight)
+    scheduler: str = _training("learning rate schedule", "step", choices=("step", "cosine"))
     lr_decay_step: list[int] | None = _training(
         "epochs after which --scheduler step divides the rate by 10 (default: a half and three quarters of them)",
         type=_positive_int,
@@ -206,13 +206,15 @@ class Config:
         "epochs in which the rate rises from 0; the released code had none", 1.0, finetune=0.0, type=_weight
     )
     accumulate: int = _training(
-        "compute a batch in so many parts, for one that does not fit into memory",
+        "gradient accumulation steps, for a batch that does not fit into memory",
         1,
         type=_positive_int,
         metavar="PARTS",
     )
     sync_bn: bool = _training("BatchNorm over the batches of all processes that torchrun started", False)
-    seed: int = _training("", 0, type=_seed)
+    seed: int = _training(
+        "of the initial weights and the augmentation; the validation split does not depend on it", 0, type=_seed
+    )
 
     job_dir: Path = _job(
         "folder for everything that the run writes",
@@ -310,6 +312,11 @@ MAY_CHANGE = {_NAMES[field.name] for field in flags() if field.metadata.get("may
 CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
 
 
+def is_open(default: Any) -> bool:
+    """Whether a flag has no default to state: it is off, or depends on something else."""
+    return default is None or default is False or default == ()
+
+
 def flag_name(field: str) -> str:
     """The flag of a field of `Config`, without its dashes."""
     return _NAMES[field]
@@ -348,17 +355,3 @@ def as_typed(name: str, value: Any) -> str:
         return f"without --{name}"
     values = [] if value is True else value if isinstance(value, list) else [value]
     return " ".join([f"with --{name}", *map(str, values)])
-
-
-def resume_command() -> str:
-    """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
-    words, machines = sys.orig_argv[1:], os.environ.get("GROUP_WORLD_SIZE")
-    if machines:  # torchrun started it
-        processes = os.environ["LOCAL_WORLD_SIZE"]
-        words = ["-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={processes}", *sys.argv]
-    kept = []
-    for before, word in pairwise(["", *words]):
-        value = before == "--resume" and not word.startswith("-")
-        if not value and word not in ("--resume", "--reset") and not word.startswith("--resume="):
-            kept.append(word)
-    return shlex.join([sys.executable, *kept, "--resume"])

@@ -1,11 +1,13 @@
 """Signals end a process in order: one line that says what is saved, and exit code 128 + the signal's number."""
 
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
@@ -95,3 +97,17 @@ def out_of_reach() -> Iterator[None]:
 
 
 interruption = Interruption()
+
+
+def resume_command() -> str:
+    """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
+    words, machines = sys.orig_argv[1:], os.environ.get("GROUP_WORLD_SIZE")
+    if machines:  # torchrun started it
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        words = ["-m", "torch.distributed.run", f"--nnodes={machines}", f"--nproc_per_node={processes}", *sys.argv]
+    kept = []
+    for before, word in pairwise(["", *words]):
+        value = before == "--resume" and not word.startswith("-")
+        if not value and word not in ("--resume", "--reset") and not word.startswith("--resume="):
+            kept.append(word)
+    return shlex.join([sys.executable, *kept, "--resume"])

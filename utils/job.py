@@ -15,10 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from utils import distributed
-from utils.config import BEST, FORMATS, LAST, RESUME_LAST, resume_command
+from utils.config import BEST, FORMATS, LAST, RESUME_LAST
 from utils.errors import UserError, log, log_to
 from utils.files import Lock, atomic_copy, atomic_write, delete_unfinished
-from utils.interruption import interruption
+from utils.interruption import interruption, resume_command
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # keys that every config.json of this program has

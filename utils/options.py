@@ -12,7 +12,7 @@ from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.config import LAST, MAY_CHANGE, RESUME_LAST, Config, as_typed, changed_flag, flag_name, flags
+from utils.config import LAST, MAY_CHANGE, RESUME_LAST, Config, as_typed, changed_flag, flag_name, flags, is_open
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -53,11 +53,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         if field.type is bool:
             arguments["action"] = "store_true"
         default = _default(script, field)
-        shown = (
-            f"(default: {default})"
-            if default not in (None, False, ()) and "auto (" not in field.metadata["help"]
-            else ""
-        )
+        shown = f"(default: {default})" if not is_open(default) and "auto (" not in field.metadata["help"] else ""
         arguments["help"] = f"{field.metadata['help']} {shown}".strip()
         title = field.metadata["group"]
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
