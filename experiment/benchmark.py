@@ -1,43 +1,39 @@
-"""How fast students train here, and how fast they could.
+"""How fast students train on this machine, compared with the way the authors' released code computes.
 
     python experiment/benchmark.py                 # every convolution, against the plain baseline
     python experiment/benchmark.py --scale         # and by the number of students and the batch size
-    python experiment/benchmark.py --json > benchmark.json
 
-Four ResNet-56 students with an online teacher, images of 32 x 32 made of noise, no pretrained teacher. The **plain
-baseline** is what the authors' released code does: PyTorch's operators one by one, float32, NCHW, a Python loop over
-the students, shift as a depthwise convolution with one-hot filters, and the accuracy of each student fetched in each
-step. Steps of all variants are timed in turn, so that a change in the machine's load meets all of them.
+Four ResNet-56 students with an online teacher, random images of 32 x 32, no pretrained teacher. The **plain baseline**
+computes as the released code does: PyTorch's operators one by one, float32, NCHW, a Python loop over the students,
+shift as a depthwise convolution with one-hot filters, and the accuracy of each student fetched in each step. The steps
+of all variants take turns, so that a change in the machine's load affects all of them alike.
 
 Columns: images/s of a training step (forward, loss, backward, SGD; median) and its ratio to the baseline; images/s of
-an epoch with data and augmentation, and of an evaluation (float32, batches of 100); the share of the step that is not
-forward and backward of the networks; the memory that a step takes on top of what is there before it; and the roofline,
-the least time that the step needs by its arithmetic and by its memory traffic as a share of the time that it took:
+steps with data and augmentation, and of an evaluation (float32, batches of 100); peak memory of a step on top of what
+is allocated before it; and the roofline, the least time for the step's arithmetic and for its memory traffic as shares
+of the measured time:
 
-- arithmetic: three times the multiply-accumulates of the forward pass (forward, gradient of the input, gradient of the
-  weights), at the rate of a large matrix product in the same precision;
-- memory: a map before a BatchNorm and the one after it are written, read, and their gradients written and read so often
-  that ten times the size of the former is the least that BatchNorm's two passes leave possible, at the rate of a large
-  copy.
+- arithmetic: three times the multiply-accumulates of the forward pass (forward, gradients of input and weights), at the
+  rate of a large matrix product in the same precision;
+- traffic: ten times the size of all maps before a BatchNorm, the least that BatchNorm's two passes and their gradients
+  allow, at the rate of a large copy.
 """
 
 import argparse
 import copy
 import ctypes
-import io
-import json
-import platform
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import options  # before torch: utils undoes settings of OpenMP
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,13 +44,11 @@ from data.sources import Split
 from model import build, fused
 from model.conv import KINDS, Shift2d
 from model.online import OnlineTeacher
-from utils import options
 from utils.cost import count, time_in_turn
-from utils.device import COMPILED, GRAPH, autocast, describe, pick_device, pick_execution, pick_precision
+from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.evaluation import evaluate
 from utils.graphs import GraphedStep
-from utils.job import Job
 
 CLASSES = 10
 LAMBDA, TEMPERATURE, RATE = 0.1, 4.0, 1e-3
@@ -71,10 +65,17 @@ class Setting(NamedTuple):
         return OnlineTeacher(students, CLASSES)
 
 
+class Machine(NamedTuple):
+    """operations: per s of a large matrix product, by precision; bytes: read and written per s by a large copy."""
+
+    operations: dict[str, float]
+    bytes: float
+
+
 class Baseline:
     """The training step as released."""
 
-    name, precision, graphed = "plain baseline", "fp32", False
+    name, precision = "plain baseline", "fp32"
 
     def __init__(self, setting: Setting, device: torch.device):
         self.learner = setting.learner().to(device)
@@ -84,14 +85,9 @@ class Baseline:
         weights = [p for p in self.learner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(weights, RATE, 0.9, weight_decay=2e-4)
 
-    def prepare(self) -> None:
-        fused.disable()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.learner(images.contiguous())
-
     def step(self, images: Tensor, targets: Tensor) -> None:
-        student_logits, teacher_logits = self.forward(images)
+        fused.disable()
+        student_logits, teacher_logits = self.learner(images.contiguous())
         loss = F.cross_entropy(teacher_logits, targets)
         soft = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
         for logits in student_logits:
@@ -109,33 +105,35 @@ class Ours:
     """The training step of main.py."""
 
     def __init__(self, setting: Setting, device: torch.device, precision: str, compile: str):
-        flags = {"lr": RATE, "lambda": LAMBDA, "temperature": TEMPERATURE, "num_epochs": 1, "warmup_epochs": 0}
-        self.args = options.parse("main", [text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
+        flags = f"--lr {RATE} --lambda {LAMBDA} --temperature {TEMPERATURE} --num_epochs 1 --warmup_epochs 0"
+        config = options.parse("main", flags.split())
         self.device, self.compile, self.precision = device, compile, precision
         execution = pick_execution(compile, device)
-        self.name, self.graphed = f"{precision}, {execution}", execution in (GRAPH, COMPILED)
-        self.trainer = Trainer(setting.learner(), None, self.args, device, precision, execution)
+        self.name = f"{precision}, {execution}"
+        self.trainer = Trainer(setting.learner(), None, config, device, precision, execution)
         self.learner = self.trainer.learner.train()
 
-    def prepare(self) -> None:
-        pick_execution(self.compile, self.device)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(self.device, self.precision):
-            return self.trainer.forward(images)
-
     def step(self, images: Tensor, targets: Tensor) -> None:
+        pick_execution(self.compile, self.device)
         self.trainer.train_step(images, targets)
 
-    def epoch(self, batches: AugmentedBatches) -> None:
-        """With everything that an epoch of main.py does but validation and checkpoints."""
-        self.trainer.epoch += 1
-        batches.set_epoch(self.trainer.epoch)
-        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-            job = Job(Path(folder), self.args.recorded())
-            job.open(None, 0, reset=False)
-            self.trainer.train_one_epoch(batches, job)
-            job.close()
+    def data_rates(self, batch_size: int, num_batches: int = 6) -> tuple[float, float]:
+        """Images/s of training steps and of an evaluation, data and augmentation included."""
+        count = batch_size * num_batches
+        generator = np.random.default_rng(0)
+        split = Split(generator.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % CLASSES)
+        mean, std = (0.5,) * 3, (0.25,) * 3
+        train = AugmentedBatches(split, batch_size, mean, std, self.device, padding=4, flip=True, seed=0)
+        test = Batches(split, 100, mean, std, self.device)
+
+        def epoch() -> None:
+            for images, targets in train:
+                self.step(images, targets)
+
+        calls = (epoch, lambda: evaluate(self.learner, test))
+        rates = [count / statistics.median(times) for times in time_in_turn(calls, self.device, rounds=3, warm_up=0)]
+        self.learner.train()
+        return tuple(rates)
 
 
 def one_hot_shift(shift: Shift2d) -> nn.Conv2d:
@@ -156,98 +154,67 @@ def main() -> None:
     parser.add_argument("--scale", action="store_true", help="also 1 to 8 students, batches of 64 to 1024")
     parser.add_argument("--compile", choices=("auto", "on"), default="auto", help="of main.py (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="of main.py (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
     args = parser.parse_args()
     device = pick_device(args.device)
     steps = args.steps or (5 if device.type == "cpu" else 20)
-    precisions = dict.fromkeys(["fp32", pick_precision("auto", device)])
+    precisions = list(dict.fromkeys(["fp32", pick_precision("auto", device)]))
 
     machine = measure_machine(device, precisions)
-    results = []
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.operations.items())
+    print(f"{describe(device)}; torch {torch.__version__}; medians of {steps} steps, in turn")
+    print(f"a large matrix product: {rates}; a large copy: {machine.bytes / 1e9:,.1f} GB/s\n")
+    print_row("conv", "variant", "images/s", "ratio", "with data", "evaluation", "memory", "arithmetic", "traffic")
+    print_row("---", "---", *["--:"] * 7)
     for conv in args.convs:
         setting = Setting(conv)
         variants = [Baseline(setting, device), *(Ours(setting, device, p, args.compile) for p in precisions)]
-        results += compare(setting, variants, steps, device, machine)
-    scaled = []
+        for row in compare(setting, variants, steps, device, machine):
+            print_row(*row)
     if args.scale:
+        print()
+        print_row("students", "batch", "images/s", "students x images/s")
+        print_row(*["--:"] * 4)
         settings = [Setting("depthwise", num_students=n) for n in (1, 2, 4, 8)]
         settings += [Setting("depthwise", batch_size=b) for b in (64, 128, 256, 512, 1024)]
         for setting in settings:
-            ours = Ours(setting, device, list(precisions)[-1], args.compile)
-            batch = noise(setting.batch_size, device)
-            (seconds,) = medians([ours], lambda variant, batch=batch: variant.step(*batch), steps, device)
+            (seconds,) = step_seconds([Ours(setting, device, precisions[-1], args.compile)], setting, steps, device)
             rate = setting.batch_size / seconds
-            scaled.append(setting._asdict() | {"variant": ours.name, "images_per_second": rate})
-    if args.json:
-        print(json.dumps({"machine": machine, "steps": steps, "results": results, "scale": scaled}, indent=2))
-    else:
-        print_tables(machine, steps, results, scaled)
+            students = setting.num_students
+            print_row(str(students), str(setting.batch_size), f"{rate:,.1f}", f"{rate * students:,.1f}")
+
+
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def compare(
-    setting: Setting, variants: list[Baseline | Ours], steps: int, device: torch.device, machine: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """One record for each variant, the baseline first."""
-    images, targets = noise(setting.batch_size, device)
-    times = medians(variants, lambda variant: variant.step(images, targets), steps, device)
-    model_times = medians(variants, lambda variant: forward_backward(variant, images), steps, device)
-    operations, elements = work(setting)
-    records = []
-    for variant, seconds, model_seconds in zip(variants, times, model_times, strict=True):
-        variant.prepare()
-        epoch, evaluation = data_rates(setting, variant, device) if isinstance(variant, Ours) else (None, None)
-        least_traffic = 10 * elements * (2 if variant.precision == "bf16" else 4)
-        records.append(
-            {
-                "conv": setting.conv,
-                "variant": variant.name,
-                "step_seconds": seconds,
-                "images_per_second": setting.batch_size / seconds,
-                "ratio": times[0] / seconds,
-                "epoch_images_per_second": epoch,
-                "evaluation_images_per_second": evaluation,
-                # Inside of a graph nothing can be timed apart.
-                "outside_model": None if variant.graphed else max(0.0, 1 - model_seconds / seconds),
-                "peak_memory_bytes": peak_memory(lambda variant=variant: variant.step(images, targets), device),
-                "roofline_arithmetic": operations / machine["operations_per_second"][variant.precision] / seconds,
-                "roofline_memory": least_traffic / machine["bytes_per_second"] / seconds,
-            }
-        )
-    return records
+    setting: Setting, variants: list[Baseline | Ours], steps: int, device: torch.device, machine: Machine
+) -> Iterator[list[str]]:
+    """A row of the table for each variant; the first one is the baseline."""
+    batch, (operations, elements) = noise(setting.batch_size, device), work(setting)
+    times = step_seconds(variants, setting, steps, device)
+    for variant, seconds in zip(variants, times, strict=True):
+        rates = variant.data_rates(setting.batch_size) if isinstance(variant, Ours) else ()
+        memory = peak_memory(partial(variant.step, *batch), device)
+        traffic = 10 * elements * (2 if variant.precision == "bf16" else 4)
+        yield [
+            setting.conv,
+            variant.name,
+            f"{setting.batch_size / seconds:,.1f}",
+            f"{times[0] / seconds:.2f}x",
+            *([f"{rate:,.1f}" for rate in rates] or ["-", "-"]),
+            "-" if memory is None else f"{memory / 2**30:.2f} GiB",
+            f"{operations / machine.operations[variant.precision] / seconds:.0%}",
+            f"{traffic / machine.bytes / seconds:.0%}",
+        ]
 
 
-def medians(
-    variants: list[Baseline | Ours], run: Callable[[Baseline | Ours], None], steps: int, device: torch.device
-) -> list[float]:
-    """Median seconds of a run of each variant."""
-
-    def call(variant: Baseline | Ours) -> None:
-        variant.prepare()
-        run(variant)
-
+def step_seconds(variants: list[Baseline | Ours], setting: Setting, steps: int, device: torch.device) -> list[float]:
+    """Median seconds of a step of each variant."""
+    batch = noise(setting.batch_size, device)
     warm_up = 2 if device.type == "cpu" else GraphedStep.WARM_UP + 1
-    times = time_in_turn([partial(call, variant) for variant in variants], device, steps, warm_up)
+    times = time_in_turn([partial(variant.step, *batch) for variant in variants], device, steps, warm_up)
     return [statistics.median(taken) for taken in times]
-
-
-def data_rates(setting: Setting, variant: Ours, device: torch.device, num_batches: int = 6) -> tuple[float, float]:
-    """Images/s of an epoch of training and of an evaluation, data and augmentation included."""
-    count = setting.batch_size * num_batches
-    generator = np.random.default_rng(0)
-    split = Split(generator.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % CLASSES)
-    mean, std = (0.5,) * 3, (0.25,) * 3
-    train = AugmentedBatches(split, setting.batch_size, mean, std, device, padding=4, flip=True, seed=0)
-    test = Batches(split, variant.args.eval_batch_size, mean, std, device)
-    runs = (lambda: variant.epoch(train), lambda: evaluate(variant.learner, test))
-    epoch, evaluation = (count / statistics.median(taken) for taken in time_in_turn(runs, device, rounds=3, warm_up=0))
-    variant.learner.train()
-    return epoch, evaluation
-
-
-def forward_backward(variant: Baseline | Ours, images: Tensor) -> None:
-    logits = variant.forward(images)
-    torch.autograd.backward(logits, [torch.ones_like(x) for x in logits])
-    variant.learner.zero_grad()
 
 
 def noise(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -268,8 +235,7 @@ def work(setting: Setting) -> tuple[float, float]:
     return operations, sum(elements) * setting.batch_size
 
 
-def measure_machine(device: torch.device, precisions: dict[str, None]) -> dict[str, Any]:
-    """Rates of a large matrix product and of a large copy, which reads and writes."""
+def measure_machine(device: torch.device, precisions: list[str]) -> Machine:
     size, numbers = (4096, 2**26) if device.type == "cpu" else (8192, 2**28)
     rates = {}
     for precision in precisions:
@@ -277,23 +243,17 @@ def measure_machine(device: torch.device, precisions: dict[str, None]) -> dict[s
         rates[precision] = 2 * size**3 / best_of(lambda a=a: a @ a, device)
     a = torch.randn(numbers, device=device)
     b = torch.empty_like(a)
-    return {
-        "device": describe(device),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "operations_per_second": rates,
-        "bytes_per_second": 2 * a.nbytes / best_of(lambda: b.copy_(a), device),
-    }
+    return Machine(rates, 2 * a.nbytes / best_of(lambda: b.copy_(a), device))  # it reads and writes
 
 
-def best_of(call: Callable[[], Any], device: torch.device) -> float:
+def best_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of six calls."""
-    (taken,) = time_in_turn([call], device, rounds=6, warm_up=0)
-    return min(taken)
+    (times,) = time_in_turn([call], device, rounds=6, warm_up=0)
+    return min(times)
 
 
 def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a call takes at its peak on top of what is there before; None where this is not known."""
+    """Peak memory of a call in bytes, on top of what is allocated before; None where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -303,7 +263,7 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the recorded peak
         before = _resident("VmRSS")
         call()
         return _resident("VmHWM") - before
@@ -314,42 +274,6 @@ def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-
-
-def print_tables(
-    machine: dict[str, Any], steps: int, results: list[dict[str, Any]], scaled: list[dict[str, Any]]
-) -> None:
-    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine["operations_per_second"].items())
-    print(f"{machine['device']}; torch {machine['torch']}; medians of {steps} steps, in turn")
-    print(f"a large matrix product: {rates}; a large copy: {machine['bytes_per_second'] / 1e9:,.1f} GB/s\n")
-    titles = ["conv", "variant", "images/s", "ratio", "with data", "evaluation", "outside", "memory"]
-    lines = [[*titles, "arithmetic", "traffic"]]
-    for r in results:
-        known = {
-            "epoch_images_per_second": "{:,.1f}".format,
-            "evaluation_images_per_second": "{:,.1f}".format,
-            "outside_model": "{:.1%}".format,
-            "peak_memory_bytes": lambda size: f"{size / 2**30:.2f} GiB",
-        }
-        cells = [show(r[key]) if r[key] is not None else "-" for key, show in known.items()]
-        line = [r["conv"], r["variant"], f"{r['images_per_second']:,.1f}", f"{r['ratio']:.2f}x", *cells]
-        lines.append([*line, f"{r['roofline_arithmetic']:.0%}", f"{r['roofline_memory']:.0%}"])
-    print_table(lines, left=2)
-    if scaled:
-        lines = [["students", "batch", "images/s", "students x images/s"]]
-        for r in scaled:
-            rate, count = r["images_per_second"], r["num_students"]
-            lines.append([str(count), str(r["batch_size"]), f"{rate:,.1f}", f"{rate * count:,.1f}"])
-        print(f"\n{scaled[0]['conv']}, {scaled[0]['variant']}")
-        print_table(lines, left=0)
-
-
-def print_table(lines: list[list[str]], left: int) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = enumerate(zip(line, widths, strict=True))
-        cells = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in padded]
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

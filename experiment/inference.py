@@ -1,12 +1,12 @@
-"""How fast ResNet-20 students classify on a CPU, against their standard network.
+"""How fast ResNet-20 students classify on a CPU, compared with their standard network.
 
     python experiment/inference.py                               # all threads, images of 32 x 32 and 8 x 8
     python experiment/inference.py --threads 1 --sizes 32
 
-Every network as it is (eval mode, inference_mode, float32, channels_last), by PyTorch's operators and with the fused
-kernels, and as --export writes it, by ONNX Runtime, at batch 1 and 256. The networks take turns, so that a change in
-the machine's load meets all; ONNX Runtime's come after the others, for its threads would compete with PyTorch's.
-Medians. A ratio says how many times as fast as the standard network by PyTorch's operators, or by ONNX Runtime.
+Networks in eval mode (float32, channels_last, inference_mode) by PyTorch's operators and with the fused kernels, and
+their exported ONNX files in ONNX Runtime, at batch 1 and 256; medians. All networks of a runtime take turns, so that a
+change in the machine's load affects all of them alike. A ratio says how many times as fast a network is as the standard
+one by PyTorch's operators, or in ONNX Runtime.
 """
 
 import argparse
@@ -16,20 +16,23 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils import export  # before torch: utils undoes settings of OpenMP
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
 from model import build, fused
 from model.conv import KINDS
-from utils import export
 from utils.cost import time_in_turn
 from utils.device import describe
 
 CLASSES = 10
 PYTORCH, KERNELS, ONNX = "PyTorch", "kernels", "ONNX Runtime"
-Variant = tuple[str, str]  # a network and what computes it
+CPU = torch.device("cpu")
+Calls = dict[tuple[str, str], Callable[[], object]]  # by network and runtime
 
 
 def main() -> None:
@@ -43,20 +46,22 @@ def main() -> None:
     networks |= {conv: build("resnet_20_sparse", CLASSES, conv) for conv in KINDS}
     for network in networks.values():
         network.eval().to(memory_format=torch.channels_last)
-    print(f"{describe(torch.device('cpu'))}; torch {torch.__version__}; ONNX Runtime {export.runtime_version()}\n")
+    print(f"{describe(CPU)}; torch {torch.__version__}; ONNX Runtime {export.runtime_version()}\n")
     print("| images | network | by | batch 1, ms | ratio | batch 256, ms | ratio |\n|--:|---|---|--:|--:|--:|--:|")
     for size in args.sizes:
         results = []
         for batch_size, rounds in zip((1, 256), args.rounds, strict=True):
             images = torch.randn(batch_size, 3, size, size)
-            results.append(measure(in_pytorch(networks, images), rounds) | measure(in_onnx(networks, images), rounds))
+            # One runtime after the other: their threads would compete for the cores.
+            calls = (in_pytorch(networks, images), in_onnx(networks, images))
+            results.append({key: time for group in calls for key, time in milliseconds(group, rounds).items()})
         for name, by in results[0]:
             base = "standard", ONNX if by == ONNX else PYTORCH
             cells = [f"{times[name, by]:.2f} | {times[base] / times[name, by]:.2f}x" for times in results]
             print(f"| {size} x {size} | {name} | {by} | {' | '.join(cells)} |")
 
 
-def in_pytorch(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, Callable[[], object]]:
+def in_pytorch(networks: dict[str, nn.Module], images: Tensor) -> Calls:
     images = images.contiguous(memory_format=torch.channels_last)
 
     def compute(network: nn.Module, switch: Callable[[], None]) -> None:
@@ -68,17 +73,17 @@ def in_pytorch(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, 
     return {(name, by): partial(compute, net, switches[by]) for name, net in networks.items() for by in switches}
 
 
-def in_onnx(networks: dict[str, nn.Module], images: Tensor) -> dict[Variant, Callable[[], object]]:
+def in_onnx(networks: dict[str, nn.Module], images: Tensor) -> Calls:
     meta = {"input_size": images.shape[1:], "mean": [0.5] * 3, "std": [0.25] * 3}
     graphs = {name: export.fold(network, meta) for name, network in networks.items()}
     sessions = {name: export.session(export.to_onnx(graph, meta)) for name, graph in graphs.items()}
     return {(name, ONNX): partial(session, images.numpy()) for name, session in sessions.items()}
 
 
-def measure(passes: dict[Variant, Callable[[], object]], rounds: int) -> dict[Variant, float]:
-    """Medians in ms."""
-    times = time_in_turn(list(passes.values()), torch.device("cpu"), rounds)
-    return {variant: 1e3 * statistics.median(taken) for variant, taken in zip(passes, times, strict=True)}
+def milliseconds(calls: Calls, rounds: int) -> dict[tuple[str, str], float]:
+    """Median time of each call."""
+    times = time_in_turn(list(calls.values()), CPU, rounds)
+    return {key: 1e3 * statistics.median(taken) for key, taken in zip(calls, times, strict=True)}
 
 
 if __name__ == "__main__":

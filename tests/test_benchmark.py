@@ -19,7 +19,6 @@ def test_a_step_of_the_baseline_changes_the_weights_as_ours_does(conv, compile):
     batch = noise(setting.batch_size, CPU)
     before = {name: p.detach().clone() for name, p in ours.learner.named_parameters()}
     for variant in (baseline, ours):
-        variant.prepare()
         variant.step(*batch)
     fused.disable()
     weights = dict(baseline.learner.named_parameters())
