@@ -1,6 +1,7 @@
 """Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
 
 import atexit
+import multiprocessing
 import weakref
 from collections import ChainMap
 from collections.abc import Iterator
@@ -216,3 +217,13 @@ def _end_workers_of(reference: weakref.ref) -> None:
 def _end_workers(iterator: Iterator | None) -> None:
     if hasattr(iterator, "_shutdown_workers"):  # it has some
         iterator._shutdown_workers()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill workers that are still alive at exit, such as those of a loader that could not start all of them.
+
+    multiprocessing would send them SIGTERM, which they block, and wait for them forever.
+    """
+    for worker in multiprocessing.active_children():
+        worker.kill()

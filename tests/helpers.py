@@ -1,25 +1,38 @@
 """What several test files need."""
 
+import atexit
+import io
 import json
 import os
 import resource
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager
+import traceback
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+import finetune
+import main
+from model import fused
+from utils import cost, options
 from utils.checkpoint import load_checkpoint
 from utils.config import completed
+from utils.errors import log_to
+from utils.interruption import Interruption, interruption
+from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"main.py": main, "finetune.py": finetune}
 
 
-def run(script, *flags, cwd=ROOT, **environment):
+def run_process(script, *flags, cwd=ROOT, **environment):
     """Run a script of the project in a process of its own, as a user would; one thread, to the bit reproducible."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
@@ -33,15 +46,73 @@ def run(script, *flags, cwd=ROOT, **environment):
     )
 
 
-def succeed(script, *flags, **options):
-    """`run`, asserting success. Returns standard output."""
+def run(script, *flags):
+    """`run_process` without the process, which costs seconds: main.py or finetune.py with the same output and bits."""
+    flags, out, err = list(map(str, flags)), io.StringIO(), io.StringIO()
+    with as_in_a_process([str(ROOT / script), *flags]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            config = options.parse(script.removesuffix(".py"), flags)
+            run_script(lambda: SCRIPTS[script].main(config))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def as_in_a_process(argv):
+    """Within, global state is that of a new process with one thread; afterwards, what it was before."""
+    registered, threads, state = [], torch.get_num_threads(), vars(interruption).copy()
+
+    def register(function, *args, **kwargs):
+        if getattr(function, "__module__", "").startswith(("utils.", "data.")):  # a library's stay until the real end
+            registered.append((function, args, kwargs))
+        else:
+            register_at_exit(function, *args, **kwargs)
+        return function
+
+    def unregister(function):
+        registered[:] = [entry for entry in registered if entry[0] != function]
+        unregister_at_exit(function)
+
+    register_at_exit, unregister_at_exit = atexit.register, atexit.unregister
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        patch.chdir(ROOT)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "orig_argv", [sys.executable, *argv])
+        patch.setattr(cost, "LATENCY_SECONDS", 0.0)
+        patch.setattr(atexit, "register", register)
+        patch.setattr(atexit, "unregister", unregister)
+        patch.setattr(warnings, "showwarning", warnings._showwarning_orig)  # pytest's would not reach standard error
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        vars(interruption).update(vars(Interruption()))
+        torch.set_num_threads(1)
+        torch.manual_seed(67280421310721)  # that of a new process
+        try:
+            yield
+        finally:
+            for function, args, kwargs in reversed(registered):
+                function(*args, **kwargs)
+            log_to(None)
+            fused.disable()
+            torch.set_num_threads(threads)
+            vars(interruption).update(state)
+
+
+def succeed(script, *flags, run=run, **options):
+    """`run` (or `run_process`), asserting success. Returns standard output."""
     result = run(script, *flags, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def fail(script, *flags, **options):
-    """`run`, asserting that it ends as a person's mistake should: code 2 and one line, which is returned."""
+def fail(script, *flags, run=run, **options):
+    """`run` (or `run_process`), asserting that it ends as a person's mistake should: code 2, one line. Returns it."""
     result = run(script, *flags, **options)
     assert result.returncode == 2, f"exit code {result.returncode}: {result.stderr}"
     lines = result.stderr.splitlines()

@@ -9,7 +9,7 @@ from torch import nn
 import model
 from model import fused
 from model.online import OnlineTeacher
-from tests.helpers import fail, succeed
+from tests.helpers import fail, run_process, succeed
 from utils import options
 from utils.device import GRAPH, KERNELS, PLAIN, pick_execution
 from utils.engine import Trainer
@@ -142,5 +142,7 @@ def test_scripts_say_what_runs_the_steps_and_resume_with_another(runs, tmp_path)
 def test_on_without_a_compiler_ends_in_one_line(tmp_path):
     environment = {"CXX": str(tmp_path / "none"), "XDG_CACHE_HOME": str(tmp_path)}
     flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--job_dir", tmp_path / "job")
-    assert "--compile on has no fused kernels" in fail("main.py", *flags, "--compile", "on", **environment)
+    assert "--compile on has no fused kernels" in fail(
+        "main.py", *flags, "--compile", "on", run=run_process, **environment
+    )
     assert not (tmp_path / "job").exists()

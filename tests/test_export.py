@@ -24,7 +24,7 @@ from data.loader import Batches
 from data.sources import Preprocessing, Split
 from model import build, fused
 from model.conv import Shift2d
-from tests.helpers import ROOT, fail, report_of, succeed
+from tests.helpers import ROOT, fail, report_of, run_process, succeed
 from tests.helpers import meta as network_meta
 from utils import checkpoint, export, options
 from utils.checkpoint import load_student
@@ -276,7 +276,7 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path):
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "onnxscript.py").write_text("raise ImportError(\"No module named 'onnxscript'\")")
     flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--export", "onnx", "--job_dir", tmp_path / "job")
-    error = fail("main.py", *flags, PYTHONPATH=str(tmp_path / "packages"))
+    error = fail("main.py", *flags, run=run_process, PYTHONPATH=str(tmp_path / "packages"))
     assert "pip install onnx onnxscript onnxruntime" in error
     assert not (tmp_path / "job").exists()
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 import main
-from tests.helpers import ROOT, fail, make_tree, report_of, run, succeed, tensorboard_scalars
+from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed, tensorboard_scalars
 from utils import options
 from utils.checkpoint import load_checkpoint, load_student
 from utils.cost import count
@@ -165,7 +165,7 @@ def test_refinement_that_only_harms_exports_the_student_as_it_was(runs, tmp_path
 
 def test_finetune_takes_the_best_student_out_of_a_training_checkpoint(runs, tmp_path):
     flags = ("--refine", runs.students / "checkpoint" / "model_best.pt", *runs.refine_flags[3:])
-    succeed("finetune.py", *flags, "--job_dir", tmp_path / "job")
+    succeed("finetune.py", *flags, "--job_dir", tmp_path / "job", run=run_process)
     assert (tmp_path / "job" / "metrics.jsonl").read_text() == (runs.refined / "metrics.jsonl").read_text()
 
 
@@ -247,7 +247,7 @@ def test_loss_that_explodes_ends_in_one_line(tmp_path):
 
 
 def test_help_answers_without_importing_torch():
-    result = run("main.py", "--help", PYTHONPROFILEIMPORTTIME="1")
+    result = run_process("main.py", "--help", PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
     assert "--lambda" in result.stdout
     assert "numpy" not in result.stderr
@@ -256,7 +256,7 @@ def test_help_answers_without_importing_torch():
 
 def test_works_from_another_folder(runs, tmp_path):
     flags = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_epochs", 1, "--num_students", 1)
-    succeed("main.py", *flags, "--job_dir", "relative job/", cwd=tmp_path)
+    succeed("main.py", *flags, "--job_dir", "relative job/", run=run_process, cwd=tmp_path)
     assert (tmp_path / "relative job" / "report.md").is_file()
     assert not (ROOT / "relative job").exists()
 

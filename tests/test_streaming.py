@@ -18,7 +18,7 @@ from data.loader import Normalization, make_loaders
 from data.sources import Preprocessing, Split
 from data.streaming import InOrder, Shuffled, StreamedBatches, evaluation_crop, training_crop
 from model.online import Students
-from tests.helpers import ROOT, fail, make_tree, report_of, succeed
+from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed
 from utils import options
 from utils.engine import Trainer
 from utils.errors import UserError
@@ -298,7 +298,34 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
     """As when memory runs out while an image is decoded."""
     (tmp_path / "script.py").write_text(DEADLY_READING)
     paths = stream_tree(tmp_path / "set")
-    assert "try fewer --workers" in fail(tmp_path / "script.py", *paths, PYTHONPATH=str(ROOT))
+    assert "try fewer --workers" in fail(tmp_path / "script.py", *paths, run=run_process, PYTHONPATH=str(ROOT))
+
+
+FEW_FILES = """
+import errno, sys
+from multiprocessing import Process
+from data import streaming
+from tests.test_streaming import streamed
+from utils.setup import run_script
+
+def start(process, started=[], start=Process.start):
+    if started:
+        raise OSError(errno.EMFILE, "Too many open files")
+    started.append(process)
+    start(process)
+
+Process.start, streaming.cores = start, lambda: 2
+run_script(lambda: list(streamed(sys.argv[1:], workers=2)))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_start_all_of_its_workers_ends(tmp_path):
+    """Those that it started are not waited for; torch adds a traceback of its own."""
+    (tmp_path / "script.py").write_text(FEW_FILES)
+    result = run_process(tmp_path / "script.py", *stream_tree(tmp_path / "set"), PYTHONPATH=str(ROOT))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: reading images fails: [Errno 24] Too many open files")
 
 
 class Tiny(nn.Module):
