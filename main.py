@@ -26,6 +26,7 @@ from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import Students
+from model.weights import load_weights
 from utils import checkpoint, inputs, report
 from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import check_fits, count
@@ -161,7 +162,7 @@ def print_test(config: Config) -> None:
         run = prepare(config, [], trained=(path, meta))
         content |= {"meta": meta}
         learner = learner_of(config, checkpoint.all_students(path, content, config.arch), run.dataset)
-        checkpoint.load_weights(learner, content["model"], str(path))
+        load_weights(learner, content["model"], str(path))
         learner = learner.to(run.device, memory_format=torch.channels_last)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:

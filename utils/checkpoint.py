@@ -10,8 +10,7 @@ import io
 import mmap
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +23,7 @@ from data.sources import DataSet
 from model import build, check_architecture
 from model.external import is_file
 from model.online import Ensemble
+from model.weights import build_with, check_match
 from utils.config import completed
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
@@ -186,17 +186,6 @@ def best_of(scores: dict[str, dict[str, Any]]) -> int:
     return max(range(len(accuracies)), key=lambda i: (accuracies[i], -losses[i]))
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict that must match exactly; only `num_batches_tracked`, which old files lack, may be missing.
-
-    Raises:
-        UserError: it does not; the first missing, unexpected and misshapen keys are named.
-    """
-    own = network.state_dict()
-    check_match(own, weights, source)
-    network.load_state_dict({**own, **weights})  # a plain dictionary: the file's remarks on versions stay behind
-
-
 def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: str) -> None:
     """Restore what SGD remembers of the parameters; its settings stay those of the flags.
 
@@ -210,47 +199,6 @@ def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: s
     if buffers:  # zeros for the others, which no gradient has reached so far
         state = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:
-    """The network that `builder` makes, with these weights.
-
-    Raises:
-        UserError: they do not match. This is found out before the network gets any memory: a file of a few bytes may
-            ask for a network of any size.
-    """
-    expected = None
-    with suppress(Exception), torch.device("meta"):  # a few networks cannot be built there; other errors come again
-        expected = builder().state_dict()
-    if expected is not None:
-        check_match(expected, weights, source)
-    network = builder()
-    load_weights(network, weights, source)
-    return network
-
-
-def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Raise a UserError unless `given` has the names, shapes and kinds of number of `own`, and is finite."""
-    problems = []
-    if missing := [key for key in own if key not in given and not key.endswith("num_batches_tracked")]:
-        problems.append(f"{len(missing)} missing, first {missing[0]}")
-    if unexpected := [key for key in given if key not in own]:
-        problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
-    for key in own:
-        if key in given and _form(given[key]) != _form(own[key]):
-            problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
-            break
-    if problems:
-        raise UserError(f"{source} does not match: {'; '.join(problems)}")
-    for key, value in given.items():
-        if not value.to(own[key].dtype).isfinite().all():
-            raise UserError(f"{source} cannot be used: {key} holds values that are not finite")
-
-
-def _form(tensor: Tensor) -> str:
-    """Shape and kind of number; how precise the numbers are does not matter."""
-    kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "whole"
-    return f"{tuple(tensor.shape)} {kind}".strip()
 
 
 def _packed(content: dict[str, Any]) -> memoryview:

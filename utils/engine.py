@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
+from model.weights import load_weights
 from utils import checkpoint, distributed, inputs
 from utils.config import Config, as_typed, changed_flag
 from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment
@@ -267,7 +268,7 @@ class Trainer:
             inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)
         if any(was[key] != meta[key] for key in ("classes", *(() if force else ("mean", "std")))):
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
-        checkpoint.load_weights(self.learner, content["model"], str(path))
+        load_weights(self.learner, content["model"], str(path))
         checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
         self.epoch, self.scores, self.best = content["epoch"], content["scores"], content["best"]
         self.seconds = content.get("seconds", 0.0)
@@ -301,7 +302,7 @@ class Trainer:
         """Put the weights of the best epoch back into the learner."""
         distributed.wait_for_all()  # one of them writes it
         content = checkpoint.load_checkpoint(job.best)
-        checkpoint.load_weights(self.learner, content["model"], str(job.best))
+        load_weights(self.learner, content["model"], str(job.best))
         self.best = content["best"]
 
     def _keep_best(self, job: Job, meta: dict[str, Any]) -> None:

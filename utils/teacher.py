@@ -15,8 +15,9 @@ from data.loader import Batches
 from data.sources import DataSet
 from model import architecture_of, build, external, from_public, variant_for
 from model.convert import add_noise, inherit, not_inherited
+from model.weights import build_with
 from utils import checkpoint, inputs
-from utils.checkpoint import build_with, load, load_student
+from utils.checkpoint import load, load_student
 from utils.config import Config
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits

@@ -1,0 +1,62 @@
+"""State dicts into networks. A state dict that does not match is refused, with the first keys that do not fit."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:
+    """Build a network and load these weights.
+
+    The match is checked on the meta device first, because a file of a few bytes may ask for a network of any size.
+
+    Raises:
+        UserError: they do not match.
+    """
+    expected = None
+    with suppress(Exception), torch.device("meta"):
+        expected = builder().state_dict()
+    if expected is not None:
+        check_match(expected, weights, source)
+    network = builder()
+    load_weights(network, weights, source)
+    return network
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict whose keys match exactly. Only `num_batches_tracked`, which old files lack, may be missing.
+
+    Raises:
+        UserError: it does not match; names the first missing, unexpected and misshapen keys.
+    """
+    own = network.state_dict()
+    check_match(own, weights, source)
+    network.load_state_dict({**own, **weights})  # a plain dictionary, without the file's version numbers of modules
+
+
+def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raise a UserError unless `given` has the keys, shapes and kinds of dtype of `own`, and is finite."""
+    problems = []
+    if missing := [key for key in own if key not in given and not key.endswith("num_batches_tracked")]:
+        problems.append(f"{len(missing)} missing, first {missing[0]}")
+    if unexpected := [key for key in given if key not in own]:
+        problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
+    for key in own:
+        if key in given and _form(given[key]) != _form(own[key]):
+            problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
+            break
+    if problems:
+        raise UserError(f"{source} does not match: {'; '.join(problems)}")
+    for key, value in given.items():
+        if not value.to(own[key].dtype).isfinite().all():
+            raise UserError(f"{source} cannot be used: {key} holds values that are not finite")
+
+
+def _form(tensor: Tensor) -> str:
+    """Shape and kind of dtype (floating point, complex, integer), but not its precision."""
+    kind = "complex" if tensor.is_complex() else "" if tensor.is_floating_point() else "whole"
+    return f"{tuple(tensor.shape)} {kind}".strip()
