@@ -40,7 +40,7 @@ def _path(text: str) -> Path:
         text.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"must be valid UTF-8, not {text!a}") from None
-    if not text:  # a shell's variable that is not set, which would mean the current folder
+    if not text:  # an unset shell variable; Path("") would be the current folder
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(text)
 
@@ -69,7 +69,7 @@ _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction 
 
 
 def _by_method(name: str) -> str:
-    """A default that depends on the method, for help: that of od, and those of the methods that have another one."""
+    """For help: the default of od, and those of the methods that differ."""
     usual = getattr(METHODS["od"], name)
     others = ((method.name, getattr(method, name)) for method in METHODS.values())
     return "; ".join([f"{usual:g}", *(f"{method}: {value:g}" for method, value in others if value not in (usual, 0))])
@@ -80,10 +80,11 @@ def _flag(group: str, help: str, default: Any = None, *, finetune: Any = None, *
 
     Args:
         group: under which --help lists it.
-        default: None where it depends on other flags, or on a file; `settle` in utils/options.py then knows it.
-        finetune: default in finetune.py, if it is another one there.
-        arguments: of argparse's add_argument; and `name`, if it is not the field's, `recorded`, whether it is part of
-            the recorded configuration (True), and `may_change`, whether it may differ when a run is resumed (False).
+        default: None if it depends on other flags or on a file; utils/options.py then fills it in.
+        finetune: default in finetune.py, if it differs.
+        arguments: for argparse's add_argument, and `name`, if it differs from the field's; `recorded`, whether it is
+            part of the recorded configuration (True); `may_change`, whether it may differ on resume because it does
+            not change what is computed (False).
     """
     return field(default=default, metadata={"group": group, "help": help, "finetune": finetune, **arguments})
 
@@ -96,7 +97,7 @@ _control = partial(_job, recorded=False)  # how a run is carried out, not what i
 
 @dataclass(frozen=True)
 class Config:
-    """The flags by name, settled: `utils.options` makes one, and nothing changes it afterwards."""
+    """The flags by name. `utils.options.parse` makes one; nobody changes it afterwards."""
 
     arch: str | None = _network(
         "a file of model/, torchvision, timm, or a Python file (default: the one that has the network)"
@@ -323,7 +324,7 @@ def flag_name(field: str) -> str:
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration; for a flag that its version did not have, what that version did."""
+    """A recorded configuration, in which flags that its version did not have get the value for what it did."""
     method = "scratch" if config.get("pretrain") else "od"
     if config.get("refine"):
         method = "kd" if config.get("miu") else "scratch"

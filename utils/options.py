@@ -17,24 +17,24 @@ from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
 _METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
-# The fields that say as what to evaluate a training checkpoint, and on which data.
+# The fields that --test_only takes from a training checkpoint: its networks and its data.
 _SUBJECT = (
     "arch", "teacher_model", "student_model", "teacher_norm", "method", "lam", "pretrain", "dataset", "data_dir",
     "image_size", "val_size", "train_size",
 )  # fmt: skip
-# What of a refined file's metadata stands for which field.
+# Fields that describe a network, and their keys in the metadata of its file.
 _STATED = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         exit_with(f"{message} (python {self.prog} --help lists the flags)")
 
 
 def build_parser(script: str) -> argparse.ArgumentParser:
-    """The parser of "main" or "finetune", whose result holds nothing but the flags that were typed."""
+    """The parser of "main" or "finetune"; its result has only the flags that were typed."""
     parser = Parser(
         prog=f"{script}.py",
         allow_abbrev=False,
@@ -53,7 +53,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         if field.type is bool:
             arguments["action"] = "store_true"
         default = _default(script, field)
-        shown = f"(default: {default})" if not is_open(default) and "auto (" not in field.metadata["help"] else ""
+        shown = f"(default: {default})" if not is_open(default) else ""
         arguments["help"] = f"{field.metadata['help']} {shown}".strip()
         title = field.metadata["group"]
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
@@ -69,7 +69,8 @@ def _default(script: str, field: Field) -> Any:
 def parse(script: str, argv: Sequence[str] | None = None) -> Config:
     """Parse, check and settle the flags of `script`, "main" or "finetune"; a mistake ends the process with code 2.
 
-    What a file has to say, `for_refinement` and `for_test` add; main.py's --test_only leaves defaults open until then.
+    Some defaults come from a file: `for_refinement` fills in those of finetune.py, `for_test` those of main.py
+    --test_only.
     """
     parser = build_parser(script)
     given, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -116,7 +117,7 @@ def _check(script: str, config: Config) -> None:
 
 
 def settle_main(config: Config) -> Config:
-    """What the flags of main.py leave open is filled in.
+    """Fill in the defaults of main.py that depend on other flags.
 
     Raises:
         UserError: flags contradict each other.
@@ -159,7 +160,7 @@ def _settle_students(config: Config) -> Config:
 
 
 def _settle_finetune(config: Config) -> Config:
-    """The same for finetune.py; `for_refinement` adds what the file to refine says."""
+    """The same for finetune.py; the defaults that come from the file to refine stay open."""
     if config.refine is None:
         raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
     if config.pretrain:
@@ -199,7 +200,7 @@ def _settle_training(config: Config) -> Config:
 
 
 def for_refinement(config: Config, meta: dict[str, Any]) -> Config:
-    """finetune.py's configuration, with what the metadata of the file to refine says and the flags leave open.
+    """Fill in the defaults of finetune.py that come from the metadata of the file to refine.
 
     Raises:
         UserError: a flag contradicts what the file says of its network.
