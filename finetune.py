@@ -25,11 +25,12 @@ from model import check_teacher
 from model.online import Students
 from utils import checkpoint, export, inputs, report
 from utils.config import Config
-from utils.cost import Cost, check_fits, count
+from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.evaluation import Accuracy, accuracy
-from utils.report import Results, Row
+from utils.evaluation import accuracies, accuracy, evaluate
+from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
+from utils.tables import Row, read_row, standard_name
 
 
 def main(config: Config) -> None:
@@ -54,8 +55,7 @@ def main(config: Config) -> None:
     meta = describe_run(run, source, before)
     run.train(trainer, meta, [f"refining {config.refine}"], keep_initial=True)
 
-    found = results(run, trainer, before, source)
-    report.publish(run.job, found, trainer, meta, run.dataset, run.device, run.loaders.test, config.export)
+    report.publish(run, trainer, meta, results(run, trainer, before, source))
     run.end()
 
 
@@ -96,29 +96,25 @@ def export_alone(run: Run, student: nn.Module, meta: dict[str, Any]) -> None:
 def results(run: Run, trainer: Trainer, before: nn.Module, source: dict[str, Any]) -> Results:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     config, size, splits = run.config, run.dataset.input_size, (run.loaders.val, run.loaders.test)
-    now, then = config.recorded(), source["config"]
-    same_data = all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size"))
-    known = {network["name"]: network for network in source.get("networks", [])} if same_data else {}
-    name = report.standard_name(config.teacher_model)
+    now, then, known = config.recorded(), source["config"], {}
+    if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size")):
+        known = {row.role: row for row in map(read_row, source.get("networks", []))}
     standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
-    found = [accuracy(standard, batches) for batches in splits] if run.teacher else _recorded(known.get(name, {}))
-    rows = [Row(name, "standard", count(standard, size), *found, network=standard)]
-    for title, role, network in (
-        ("student, before", "before", before),
-        ("student, refined", "student", trainer.best_student),
-    ):
-        found = (accuracy(network, batches) for batches in splits)
-        rows.append(Row(title, role, count(network, size), *found, network))
-    if online := known.get(report.ONLINE_TEACHER):
-        cost = Cost(online["params"], online["macs"])
-        rows.append(Row(report.ONLINE_TEACHER, "online_teacher", cost, *_recorded(online)))
-    return Results(rows)
-
-
-def _recorded(network: dict[str, Any]) -> list[Accuracy | None]:
-    """Validation and test accuracy of a network in the metadata of a file, None where they are unknown."""
-    values = [(network.get(split), network.get(f"{split}_top5")) for split in ("val", "test")]
-    return [None if top1 is None else Accuracy(top1, top5) for top1, top5 in values]
+    found = [None, None]
+    if run.teacher:
+        found = [accuracy(standard, batches) for batches in splits]
+    elif "standard" in known and config.teacher_model == then["teacher_model"]:
+        found = [known["standard"].val, known["standard"].test]
+    rows = [Row(standard_name(config.teacher_model), "standard", count(standard, size), *found, standard)]
+    found = [accuracy(before, batches) for batches in splits]
+    rows.append(Row("student, before", "before", count(before, size), *found, before))
+    scores = [evaluate(trainer.learner, batches, confusion_of=0) for batches in splits]
+    (val,), (test,) = map(accuracies, scores)
+    best = trainer.best_student
+    rows.append(Row("student, refined", "student", count(best, size), val, test, best, exported=True))
+    if "online_teacher" in known:
+        rows.append(known["online_teacher"])
+    return Results(rows, scores[1]["confusion"])
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ from utils.cost import check_fits, count
 from utils.engine import Trainer
 from utils.evaluation import accuracies, accuracy, evaluate
 from utils.methods import METHODS
-from utils.report import Results, Row
+from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
+from utils.tables import ONLINE_TEACHER, Row, standard_name
 from utils.teacher import start_from
 
 
@@ -53,10 +54,7 @@ def main(config: Config) -> None:
     meta = describe_run(config, run.dataset, run.teacher, learner, start)
     run.train(trainer, meta, [f"students start {start}"] if config.init == "teacher" else [])
 
-    found = results(run, trainer)
-    if config.export_teacher:
-        report.publish_teacher(run.job, found, meta, run.loaders.test, config.export)
-    report.publish(run.job, found, trainer, meta, run.dataset, run.device, run.loaders.test, config.export)
+    report.publish(run, trainer, meta, results(run, trainer))
     run.end()
 
 
@@ -126,22 +124,21 @@ def describe_run(
 def results(run: Run, trainer: Trainer) -> Results:
     """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
     config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
-    splits = (run.loaders.val, run.loaders.test)
-    standard = best if config.pretrain else run.teacher
-    known = [accuracy(standard, batches) for batches in splits] if standard else []
-    standard = standard or standard_network(config, run.dataset)  # untrained, to compare costs with
-    name = report.standard_name(config.teacher_model)
-    rows = [Row(name, "standard", count(standard, size), *known, network=standard)]
-    if config.pretrain:
-        return Results(rows)
-    scores = [evaluate(learner, batches) for batches in splits]
+    splits, name = (run.loaders.val, run.loaders.test), standard_name(config.teacher_model)
+    scores = [evaluate(learner, batches, confusion_of=trainer.best["student"]) for batches in splits]
     val, test = map(accuracies, scores)
+    if config.pretrain:
+        rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
+        return Results(rows, scores[1]["confusion"])
+    standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
+    known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
+    rows = [Row(name, "standard", count(standard, size), *known, standard)]
     for i, student in enumerate(learner.students):
         name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
-        rows.append(Row(name, "student", count(student, size), val[i], test[i], network))
+        rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
     if len(val) > len(learner.students):
-        rows.append(Row(report.ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
-    return Results(rows, scores[1].get("disagreement"))
+        rows.append(Row(ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
+    return Results(rows, scores[1]["confusion"], scores[1].get("disagreement"))
 
 
 def print_test(config: Config) -> None:
@@ -167,7 +164,7 @@ def print_test(config: Config) -> None:
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:
         several = [f"student {i + 1}" for i in range(len(learner.students))]
-        names = [config.teacher_model] if config.pretrain else [*several, report.ONLINE_TEACHER]
+        names = [config.teacher_model] if config.pretrain else [*several, ONLINE_TEACHER]
         found |= zip(names, accuracies(evaluate(learner, run.loaders.test)), strict=False)
     for name, value in found.items():
         print(f"{name}: {value} on the test set")

@@ -26,7 +26,7 @@ class Split:
         return Split(self.images[indices], self.targets[indices])
 
     def fingerprint(self, data_dir: Path | None) -> dict[str, Any]:
-        """{"count": ..., "sha256": ...} of the targets and pixels, or of the paths below `data_dir` of streamed images."""
+        """{"count", "sha256"} of the targets and pixels, or of the paths below `data_dir` of images that stream."""
         images = np.ascontiguousarray(self.images)
         digest = hashlib.sha256(np.ascontiguousarray(self.targets))
         if images.ndim == 1:
@@ -85,6 +85,11 @@ class DataSet:
     border: int = 0
     skipped: SkippedImages = field(default_factory=SkippedImages)
 
+    def __str__(self) -> str:
+        counts = " / ".join(f"{len(split):,}" for split in (self.train, self.val, self.test))
+        size = " x ".join(map(str, self.input_size))
+        return f"{self.name}: {len(self.classes)} classes, {counts} training / validation / test images of {size}"
+
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
@@ -110,6 +115,29 @@ class DataSet:
         }
         training = hashes.pop("training")
         return {name: sum(map(set(known).__contains__, training)) for name, known in hashes.items()}
+
+    def repetitions(self) -> list[str]:
+        """A note for each split with images that were trained on."""
+        return [
+            f"{count:,} of {len(self.train):,} training images are pixel by pixel in the {name} set, too: accuracies "
+            "there are in part on images that were trained on."
+            for name, count in self.repeated.items()
+            if count
+        ]
+
+    def doubts(self) -> list[str]:
+        """Notes on images that could not be read, that repeat training images, or that a split lacks of a class."""
+        notes, reasons = self.repetitions(), self.skipped.reasons
+        if reasons:
+            path, reason = min(reasons.items())
+            count = f"{len(reasons):,} of {self.skipped.total:,} images"
+            notes.append(f"Left out because they cannot be read: {count}, such as {path} ({reason}).")
+        for name, split in self.splits.items():
+            counts = np.bincount(split.targets, minlength=len(self.classes))
+            if missing := [self.classes[i] for i in np.flatnonzero(counts == 0)]:
+                listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+                notes.append(f"No {name} image is of these classes, about which its accuracies say nothing: {listed}.")
+        return notes
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -25,7 +25,7 @@ from tests.processes import in_processes
 from utils import distributed, options
 from utils.engine import Trainer
 from utils.errors import UserError
-from utils.evaluation import confusion, evaluate
+from utils.evaluation import evaluate
 from utils.interruption import resume_command
 
 
@@ -157,8 +157,8 @@ def read_damaged(root):
     sizes = [distributed.counts(len(targets)) for _, targets in loaders.train]
     torch.manual_seed(0)
     learner = Students([nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))])
-    scores = evaluate(learner, loaders.test)
-    matrix = confusion(learner.students[0], loaders.test, 2)
+    scores = evaluate(learner, loaders.test, confusion_of=0)
+    matrix = scores.pop("confusion")
     dataset.skipped.share()
     return {"sizes": sizes, "scores": scores, "confusion": matrix.tolist(), "damaged": set(dataset.skipped.reasons)}
 

@@ -11,7 +11,7 @@ from data.loader import Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
 from utils.checkpoint import best_of
-from utils.evaluation import TOP5_ABOVE, accuracies, accuracy, confusion, evaluate, summarize
+from utils.evaluation import TOP5_ABOVE, accuracies, accuracy, evaluate, summarize
 from utils.report import by_class
 
 
@@ -106,11 +106,12 @@ def test_disagreement_is_the_mean_over_pairs_of_students():
 
 def test_confusion_counts_images_by_class_and_answer():
     targets, answers = np.array([0, 0, 1, 2, 2, 2, 0]), torch.tensor([0, 1, 1, 0, 2, 2, 0])
-    counts = confusion(Fixed(F.one_hot(answers, 4).float()), indexed(targets), 4)
+    learner = Students([Fixed(torch.zeros(7, 4)), Fixed(F.one_hot(answers, 4).float())])
+    counts = evaluate(learner, indexed(targets, batch_size=3), confusion_of=1)["confusion"]
     assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
     assert by_class(counts, list("abcd")) == [
-        {"name": "a", "images": 3, "accuracy": pytest.approx(200 / 3)},
-        {"name": "b", "images": 1, "accuracy": 100.0},
-        {"name": "c", "images": 3, "accuracy": pytest.approx(200 / 3)},
-        {"name": "d", "images": 0, "accuracy": None},
+        ("a", 3, pytest.approx(200 / 3)),
+        ("b", 1, 100.0),
+        ("c", 3, pytest.approx(200 / 3)),
+        ("d", 0, None),
     ]

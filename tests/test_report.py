@@ -18,12 +18,11 @@ from data.sources import Split
 from model.online import Students
 from tests.helpers import make_tree, report_of
 from utils import checkpoint, options, report, tables
-from utils.cost import Cost, forward_pass, latency
-from utils.curves import draw_curves
+from utils.cost import Cost, Latency, forward_pass, latency
 from utils.errors import UserError
 from utils.evaluation import Accuracy, accuracy, evaluate
 from utils.job import Job
-from utils.report import Row
+from utils.tables import PYTORCH, Row, draw_curves
 from utils.teacher import check_accuracy
 
 CPU = torch.device("cpu")
@@ -63,11 +62,11 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused_by_force_too():
 
 
 def test_accuracies_that_are_none_are_said_to_be():
-    row = Row("student 1", "student", Cost(1, 1), Accuracy(50.0), Accuracy(float("nan")), FirstPixel())
-    (entry,) = report.compare([row], (3, 2, 2), CPU)
+    row = Row("student 1", "student", Cost(1, 1), Accuracy(50.0), Accuracy(float("nan")))
+    (entry,) = tables.as_json([row])
     assert (entry["val"], entry["test"]) == (50.0, None)
     assert json.dumps(entry, allow_nan=False)
-    assert report._not_finite([row]) == [
+    assert report.not_finite([row]) == [
         "The logits of student 1 are not finite on some test images: it has no accuracy."
     ]
 
@@ -91,13 +90,15 @@ def test_the_spread_of_a_latency_tells_that_it_is_unsteady():
 
 
 def test_unsteady_latencies_are_marked_and_explained():
-    entry = {"name": "a", "params": 1, "macs": 10**6, "ratios": dict.fromkeys(tables.COSTS, 1.0)}
-    entry |= {"latency_1": 2.0, "latency_256": 9.0, "spread_1": 0.8, "spread_256": 0.1}
-    assert "| 2.00 ms (unsteady) | 1.00x | 9.00 ms | 1.00x |" in tables.cost_table([entry])[-1]
-    (note,) = report._unsteady([entry])
+    row = Row("a", "standard", Cost(1, 10**6))
+    row.latencies = {(PYTORCH, 1): Latency(2.0, 0.8), (PYTORCH, 256): Latency(9.0, 0.1)}
+    lines = tables.markdown(tables.measurements([row]))[-2:]
+    assert lines == ["| PyTorch, batch 1 | 2.00 ms (unsteady) |", "| PyTorch, batch 256 | 9.00 ms |"]
+    (note,) = report.unsteady([row])
     assert "more than 50%" in note
     assert "the worst by 80%" in note
-    assert report._unsteady([entry | {"spread_1": 0.5}]) == []
+    row.latencies[PYTORCH, 1] = Latency(2.0, 0.5)
+    assert report.unsteady([row]) == []
 
 
 @pytest.fixture

@@ -3,61 +3,63 @@
 import pytest
 
 from utils import tables
+from utils.cost import Cost, Latency
+from utils.evaluation import Accuracy
+from utils.tables import ONNX, PYTORCH, ClassAccuracy, Row
 
-META = {"model": "resnet_20_sparse", "conv": "depthwise", "pruned_num": 18, "config": {"teacher_model": "resnet_20"}}
-
-
-def table(*tests, onnx=False, **ratios):
-    """A standard network and students, of which the last has these ratios; with the given test accuracies."""
-    keys = [key for key in tables.COSTS if onnx or not key.startswith("onnx")]
-    rows = [
-        {"name": "a", "role": "student", "test": test, "params": 8, "macs": 4, **dict.fromkeys(keys, 2.0)}
-        for test in tests
-    ]
-    for row in rows:
-        row |= {key.replace("latency", "spread"): 0.1 for key in keys} | {"ratios": dict.fromkeys(keys, 1.0)}
-    rows[-1]["ratios"] |= ratios
-    return rows
+TITLE = "resnet_20 -> resnet_20_sparse (depthwise)"
 
 
-BETTER = {"params": 6.724, "macs": 5.14, "latency_1": 1.41, "latency_256": 2.47}
-COSTS = "resnet_20 -> resnet_20_sparse (depthwise): 6.72x smaller, 5.14x fewer MACs"
-PYTORCH = "1.41x faster at batch 1 and 2.47x at batch 256 (PyTorch)"
+def network(test, role="student", params=8000, macs=4000, pytorch=(2.0, 2.0), onnx=None, **others):
+    """A row with this test accuracy and these latencies, in ms; None for networks that are not timed."""
+    latencies = {(PYTORCH, batch): Latency(time, 0.1) for batch, time in zip(tables.BATCHES, pytorch, strict=True)}
+    latencies |= {(ONNX, batch): Latency(time, 0.1) for batch, time in zip(tables.BATCHES, onnx or (), strict=False)}
+    accuracy = None if test is None else Accuracy(test)
+    return Row(role, role, Cost(params, macs), None, accuracy, latencies=latencies, **others)
+
+
+def pair(before, after, onnx=None, **costs):
+    """The standard network and an exported student with these costs, and test accuracies."""
+    onnx_before = onnx and (2.0, 2.0)
+    return [network(before, "standard", onnx=onnx_before), network(after, onnx=onnx, exported=True, **costs)]
+
+
+BETTER = {"params": 1190, "macs": 778, "pytorch": (2 / 1.41, 2 / 2.47)}
+COSTS = "6.72x smaller, 5.14x fewer MACs"
+SPEED = "1.41x faster at batch 1 and 2.47x faster at batch 256 (PyTorch)"
 
 
 def test_the_sentence_says_what_one_got():
-    assert tables.verdict(table(75.27, 72.11, **BETTER), 1, META) == (
-        f"{COSTS}, {PYTORCH}; 72.11 % of the test images right, 3.16 points less than the standard network"
+    assert tables.verdict(pair(75.27, 72.11, **BETTER), TITLE) == (
+        f"{TITLE}: {COSTS}, {SPEED}; 72.11 % of the test images right, 3.16 points less than the standard network"
     )
 
 
 def test_the_sentence_tells_the_runtimes_apart():
-    rows = table(None, 50.0, onnx=True, **BETTER, onnx_latency_1=1.9, onnx_latency_256=2.5)
-    assert f"{PYTORCH}, 1.90x and 2.50x (ONNX Runtime); 50.00 %" in tables.verdict(rows, 1, META)
-    rows[1]["ratios"] |= {"onnx_latency_1": 0.5, "onnx_latency_256": 2.5}
-    assert f"{PYTORCH}, 2.00x slower and 2.50x faster (ONNX Runtime);" in tables.verdict(rows, 1, META)
+    rows = pair(None, 50.0, onnx=(4.0, 0.8), **BETTER)
+    slower = "2.00x slower at batch 1 and 2.50x faster at batch 256 (ONNX Runtime)"
+    assert f"{SPEED}, {slower}; 50.00 %" in tables.verdict(rows, TITLE)
 
 
 def test_the_sentence_says_that_latencies_are_unsteady():
-    rows = table(None, 50.0, onnx=True, **BETTER)
-    rows[0]["spread_256"] = 0.6
-    sentence = tables.verdict(rows, 1, META)
-    assert "2.47x at batch 256 (PyTorch, unsteady), as fast and as fast (ONNX Runtime);" in sentence
+    rows = pair(None, 50.0, onnx=(2.0, 2.0), **BETTER)
+    rows[0].latencies[PYTORCH, 256] = Latency(2.0, 0.6)
+    sentence = tables.verdict(rows, TITLE)
+    assert "2.47x faster at batch 256 (PyTorch, unsteady), as fast at batch 1 and as fast at batch 256 (O" in sentence
 
 
 def test_a_student_that_costs_more_is_said_to():
-    rows = table(None, 50.0, params=1 / 5.61, macs=0.8, latency_1=0.5, latency_256=1.25)
-    assert tables.verdict(rows, 1, META | {"conv": "group"}) == (
-        "resnet_20 -> resnet_20_sparse (group): 5.61x larger, 1.25x more MACs, "
-        "2.00x slower at batch 1 and 1.25x faster at batch 256 (PyTorch); 50.00 % of the test images right"
+    rows = pair(None, 50.0, params=44880, macs=5000, pytorch=(4.0, 1.6))
+    assert tables.verdict(rows, TITLE) == (
+        f"{TITLE}: 5.61x larger, 1.25x more MACs, 2.00x slower at batch 1 and 1.25x faster at batch 256 (PyTorch); "
+        "50.00 % of the test images right"
     )
-    assert "5.61x larger" in tables.summary(rows)
+    assert "5.61x larger" in tables.plain(tables.overview(rows, "test"))
 
 
 def test_a_student_that_is_like_the_standard_network_is_said_to_be():
-    sentence = tables.verdict(table(50.0, 50.001), 1, META | {"pruned_num": 0, "model": "resnet_20"})
-    assert sentence == (
-        "resnet_20 -> resnet_20: as large, as many MACs, as fast at batch 1 and as fast at batch 256 (PyTorch); "
+    assert tables.verdict(pair(50.0, 50.001), TITLE) == (
+        f"{TITLE}: as large, as many MACs, as fast at batch 1 and as fast at batch 256 (PyTorch); "
         "50.00 % of the test images right, as many as the standard network"
     )
 
@@ -68,45 +70,74 @@ def test_a_student_that_is_like_the_standard_network_is_said_to_be():
         ((50.0, 51.2), "51.20 % of the test images right, 1.20 points more than the standard network"),
         ((None, 51.2), "51.20 % of the test images right"),
         ((50.0, None), "no accuracy, for its logits are not finite"),
+        ((50.0, float("nan")), "no accuracy, for its logits are not finite"),
     ],
 )
 def test_the_sentence_compares_what_is_known(tests, end):
-    assert tables.verdict(table(*tests), 1, META).endswith(f"; {end}")
+    assert tables.verdict(pair(*tests), TITLE).endswith(f"; {end}")
 
 
 def test_the_sentence_compares_a_refined_student_with_the_one_before():
-    rows = table(50.0, 48.0, 49.0)
-    rows[1]["role"] = "before"
-    assert tables.verdict(rows, 2, META).endswith(
+    standard, refined = pair(50.0, 49.0)
+    assert tables.verdict([standard, network(48.0, "before"), refined], TITLE).endswith(
         "1.00 points less than the standard network, 1.00 points more than before it was refined"
     )
 
 
-def test_the_standard_network_and_the_student_stand_side_by_side():
-    rows = table(50.0, 48.0, 49.0, onnx=True, latency_1=0.5, onnx_bytes=4.0)
-    rows[2] |= {"latency_1": 4.0, "onnx_bytes": 5000, "onnx_spread_256": 0.9}
-    lines = tables.deployment_table(rows, 2)
-    assert len(lines) == 2 + 6
+def test_measured_networks_stand_side_by_side():
+    standard, student = pair(50.0, 49.0, onnx=(2.0, 2.0), pytorch=(4.0, 2.0))
+    standard.onnx_bytes, student.onnx_bytes = 20_000, 5000
+    student.latencies[ONNX, 256] = Latency(2.0, 0.9)
+    not_timed = Row("student 2", "student", Cost(8000, 4000))
+    rows = [standard, not_timed, student]
+    lines = tables.markdown(tables.measurements(rows))
+    assert lines[0] == "| measured | standard | student |  |"
+    assert len(lines) == 2 + 5
     assert "| PyTorch, batch 1 | 2.00 ms | 4.00 ms | 2.00x slower |" in lines
     assert "| ONNX Runtime, batch 256 | 2.00 ms | 2.00 ms (unsteady) | as fast |" in lines
-    assert lines[-1].endswith("5,000 bytes | 4.00x smaller |")
-    del rows[0]["onnx_bytes"], rows[2]["ratios"]["onnx_bytes"]  # PyTorch cannot export the standard network
-    assert tables.deployment_table(rows, 2)[-1] == "| .onnx file | - | 5,000 bytes |  |"
+    assert lines[-1] == "| .onnx file | 20,000 bytes | 5,000 bytes | 4.00x smaller |"
+    standard.onnx_bytes = None  # PyTorch cannot export the standard network
+    assert tables.markdown(tables.measurements(rows))[-1] == "| .onnx file | - | 5,000 bytes |  |"
+
+
+def test_plain_values_have_the_keys_of_the_report():
+    standard, student = tables.as_json(pair(50.0, 49.0, onnx=(1.0, 2.0), params=2000, file_bytes=7))
+    assert (student["role"], student["exported"], standard["exported"]) == ("student", True, False)
+    assert (student["val"], student["test"], student["params"], student["macs"]) == (None, 49.0, 2000, 4000)
+    assert (student["onnx_latency_1"], student["onnx_spread_256"], student["file_bytes"]) == (1.0, 0.1, 7)
+    speeds = {f"{runtime}latency_{batch}": 1.0 for runtime in ("", "onnx_") for batch in (1, 256)}
+    assert student["ratios"] == speeds | {"params": 4.0, "macs": 1.0, "onnx_latency_1": 2.0}
+
+
+@pytest.mark.parametrize("forgotten", [(), ("role",)])
+def test_a_network_is_found_by_its_role_in_the_metadata_of_files_or_by_its_name_in_older_ones(forgotten):
+    cost = Cost(2, 3)
+    rows = [
+        Row("resnet_20, standard", "standard", cost, Accuracy(1.0), Accuracy(2.0, 3.0)),
+        Row("student 1, best", "student", cost),
+        Row("online teacher", "online_teacher", cost, Accuracy(4.0)),
+    ]
+    for row in rows:
+        summary = {key: value for key, value in row.summary().items() if key not in forgotten}
+        assert tables.read_row(summary) == row
 
 
 def test_classes_are_listed_all_or_the_worst():
-    classes = [{"name": f"c{i}", "images": 10, "accuracy": float(90 - i)} for i in range(4)]
-    classes.append({"name": "unseen", "images": 0, "accuracy": None})
-    lines = tables.class_table(classes, most=5, worst=2)
+    classes = [ClassAccuracy(f"c{i}", 10, float(90 - i)) for i in range(4)] + [ClassAccuracy("unseen", 0, None)]
+    lines = tables.markdown(tables.classes(classes, most=5, worst=2))
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| c0", "| c1", "| c2", "| c3"]
-    lines = tables.class_table(classes, most=4, worst=2)
+    lines = tables.markdown(tables.classes(classes, most=4, worst=2))
     assert lines[2:] == ["| c3 | 10 | 87.00 |", "| c2 | 10 | 88.00 |"]
     assert "2 worst of 5 classes" in lines[0]
 
 
+def test_a_name_cannot_break_a_table():
+    assert tables.markdown([["a", "b"], ["x|y", "1"]])[-1] == "| x&#124;y | 1 |"
+
+
 def test_top_5_has_columns_where_it_is_known():
-    row = {"name": "a", "params": 1, "macs": 1, "val": 50.0, "test": 51.0}
-    assert "top-5" not in "".join([*tables.accuracy_table([row]), tables.summary([row])])
-    row |= {"val_top5": 80.0, "test_top5": 81.0}
-    assert tables.accuracy_table([row])[-1] == "| a | 50.00 | 80.00 | 51.00 | 81.00 |"
-    assert "81.00" in tables.summary([row])
+    row = Row("a", "standard", Cost(1, 1), Accuracy(50.0), Accuracy(51.0))
+    assert "top-5" not in tables.plain(tables.overview([row], "validation", "test"))
+    row.val, row.test = Accuracy(50.0, 80.0), Accuracy(51.0, 81.0)
+    line = tables.markdown(tables.overview([row], "validation", "test"))[-1]
+    assert line.startswith("| a | 50.00 | 80.00 | 51.00 | 81.00 |")

@@ -11,7 +11,7 @@ UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
     *("engine", "evaluation", "progress", "schedule", "graphs", "device", "cores", "interruption"),  # training
     *("checkpoint", "contents", "inputs", "teacher", "job"),  # files
-    *("report", "tables", "curves", "export", "cost"),  # results
+    *("report", "tables", "export", "cost"),  # results
 )
 
 if sys.version_info < (3, 10):  # noqa: UP036, whoever has an older one is told so

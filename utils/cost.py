@@ -96,7 +96,9 @@ def time_in_turn(
             call()
     synchronize()
     deadline = time.perf_counter() + limit
-    while len(times[0]) < min(5, rounds) or (len(times[0]) < rounds and time.perf_counter() < deadline):
+    for i in range(rounds if calls else 0):
+        if i >= 5 and time.perf_counter() >= deadline:
+            break
         for call, taken in zip(calls, times, strict=True):
             started = time.perf_counter()
             call()

@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from utils.errors import UserError
 TOP5_ABOVE = 10  # classes; with so few, top-5 says little
 
 Scores = dict[str, Any]
-"""{"accuracy": ..., "loss": ...}, with more than ten classes "top5", and "disagreement" of several students.
+"""{"accuracy": ..., "loss": ...}, with more than ten classes "top5", "disagreement" of several students, "confusion".
 
-Accuracies are in %. Each but the disagreement is a dictionary with "students", a list, and perhaps "online_teacher".
+Accuracies are in %. The first three are dictionaries with "students", a list, and perhaps "online_teacher".
 """
 
 
@@ -32,16 +31,20 @@ class Accuracy(NamedTuple):
         return f"{self.top1:.2f} %" + ("" if self.top5 is None else f" (top-5 {self.top5:.2f} %)")
 
 
-def evaluate(learner: Students, batches: Batches) -> Scores:
+def evaluate(learner: Students, batches: Batches, confusion_of: int | None = None) -> Scores:
     """Accuracies in % and cross-entropy of every student and of the online teacher, in float32 as exported.
 
     Covers the batches of all processes, each of which has its share of the images. An image counts for top-k when
     fewer than k classes are ahead of its own: those with a larger logit, and those with an equal one and a smaller
     index. The accuracy of a network with non-finite logits is NaN. The disagreement is the share of the images, in %,
     for which two students give different classes, averaged over all pairs of students.
+
+    Args:
+        confusion_of: index of a student whose confusion matrix is counted, too: "confusion", (K, K) images by their
+            class (row) and the class that the student gives them (column).
     """
     learner.eval()
-    students, totals, classes = len(learner.students), 0, 0
+    students, totals, classes, counts = len(learner.students), 0, 0, torch.tensor(0)
     with torch.inference_mode():
         for images, targets in batches:
             logits = all_logits(*learner(images))
@@ -55,8 +58,12 @@ def evaluate(learner: Students, batches: Batches) -> Scores:
             # The images are counted here: of batches.num_images, some may turn out to be damaged.
             count = hits.new_tensor([len(targets)])
             totals, classes = totals + torch.cat([count, differing[None], *hits, losses]), logits.shape[-1]
+            if confusion_of is not None:
+                cells = targets * classes + answers[confusion_of]
+                counts = counts + torch.bincount(cells, minlength=classes**2).cpu()
     # A process without a readable image has no totals.
-    found = [part for part in distributed.gathered((totals.double().cpu(), classes) if classes else None) if part]
+    share = (totals.double().cpu(), classes, counts) if classes else None
+    found = [part for part in distributed.gathered(share) if part]
     if not found:
         raise UserError("none of the images to evaluate on can be read: repair them")
     (count, differing, *rows), classes = sum(part[0] for part in found).tolist(), found[0][1]
@@ -70,6 +77,8 @@ def evaluate(learner: Students, batches: Batches) -> Scores:
         scores["top5"] = by_network(learner, [100 * hits / count for hits in top5])
     if students > 1:
         scores["disagreement"] = 100 * differing / count
+    if confusion_of is not None:
+        scores["confusion"] = sum(part[2] for part in found).view(classes, classes).numpy()
     return scores
 
 
@@ -89,17 +98,6 @@ def accuracies(scores: Scores) -> list[Accuracy]:
 def accuracy(network: nn.Module, batches: Batches) -> Accuracy:
     """Of one network, (B, 3, H, W) -> (B, K)."""
     return accuracies(evaluate(Students([network]), batches))[0]
-
-
-def confusion(network: nn.Module, batches: Batches, num_classes: int) -> np.ndarray:
-    """Counts of images by their class (row) and the class that the network gives them (column), of all processes."""
-    network.eval()
-    counts = torch.zeros(num_classes**2, dtype=torch.float64)
-    with torch.inference_mode():
-        for images, targets in batches:
-            cells = targets * num_classes + network(images).argmax(-1)
-            counts += torch.bincount(cells, minlength=num_classes**2).cpu()
-    return distributed.total(counts).numpy().astype(int).reshape(num_classes, num_classes)
 
 
 def all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import data
 from data.loader import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, variant_for
-from utils import checkpoint, distributed, export, report
+from utils import checkpoint, distributed, export
 from utils.config import Config
 from utils.cores import cores
 from utils.device import describe, pick_device, pick_execution, pick_precision
@@ -95,7 +95,7 @@ class Run:
         found = check_accuracy(teacher, val, self.dataset.val.targets, config.force) if teacher else None
         job.open(self.resumed, trainer.epoch, config.reset)
         machine = f"{describe(self.device)}, {self.precision}, {self.execution}"
-        lines = [f"{report.headline(self.dataset)}; {machine}", *report.repeated(self.dataset)]
+        lines = [f"{self.dataset}; {machine}", *self.dataset.repetitions()]
         if config.resume:
             lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint yet: starting anew")
         if teacher:

@@ -1,60 +1,231 @@
-"""What a report's networks cost and achieve, in words and tables; of the plain values that `report.compare` gives."""
+"""The networks of a run side by side, as tables, in a sentence and as JSON; and the curves of its epochs.
 
-from collections.abc import Sequence
-from typing import Any
+Rows are compared with the first one, which is the standard network.
+"""
 
-LATENCY_BATCHES = (1, 256)
-UNSTEADY = 0.5  # spread of a latency from which on it is marked
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from utils.cost import Cost, Latency
+from utils.errors import first_line
+from utils.evaluation import Accuracy
+from utils.files import atomic_write
+from utils.job import Job, read_metrics
+
+ONLINE_TEACHER = "online teacher"
+BATCHES = (1, 256)  # sizes of the batches whose latency is measured
+PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+PREFIXES = {PYTORCH: "", ONNX: "onnx_"}  # of latencies in report.json
+UNSTEADY = 0.5  # spread above which a latency is marked
 MARK = "(unsteady)"
-RUNTIMES = {"": "PyTorch", "onnx_": "ONNX Runtime"}  # by what their latencies' keys begin with
-LATENCIES = tuple(f"{runtime}latency_{batch}" for runtime in RUNTIMES for batch in LATENCY_BATCHES)
-FILES = {"file_bytes": ".pt file", "onnx_bytes": ".onnx file"}
-COSTS = ("params", "macs", *LATENCIES, *FILES)
 
-Table = list[dict[str, Any]]
-"""A dictionary for each network, the standard one first: name, accuracies, costs, and ratios to the standard one's."""
+Cells = list[list[str]]
+"""A table as text, the titles first."""
 
 
-def verdict(table: Table, chosen: int, meta: dict[str, Any]) -> str:
-    """In one sentence what the network table[chosen] is, compared with the standard one."""
-    row, cheap = table[chosen], f" ({meta['conv']})" if meta["pruned_num"] else ""
-    costs = [
-        change(row["ratios"]["params"], "smaller", "larger", "as large"),
-        change(row["ratios"]["macs"], "fewer MACs", "more MACs", "as many MACs"),
-        *_speeds(table[0], row),
-    ]
-    text = f"{meta['config']['teacher_model']} -> {meta['model']}{cheap}: {', '.join(costs)}; "
-    if row["test"] is None:
-        return text + "no accuracy, for its logits are not finite"
-    others = [("the standard network", table[0]["test"])]
-    others += [("before it was refined", entry["test"]) for entry in table if entry["role"] == "before"]
-    compared = [_points(row["test"] - value, name) for name, value in others if value is not None]
-    return text + ", ".join([f"{row['test']:.2f} % of the test images right", *compared])
+class ClassAccuracy(NamedTuple):
+    """Test images of a class, and the accuracy on them in %, None where there are none."""
+
+    name: str
+    images: int
+    accuracy: float | None
 
 
-def change(ratio: float, better: str, worse: str, equal: str) -> str:
-    """How a network compares with the standard one: "1.25x smaller" for 1.25, "1.25x larger" for 0.8."""
-    times = f"{max(ratio, 1 / ratio):.2f}x"
-    return equal if times == "1.00x" else f"{times} {better if ratio > 1 else worse}"
+@dataclass
+class Row:
+    """A network of a run, what it achieves and what it costs; None where that is unknown.
+
+    Attributes:
+        name: for people; a program looks at the role.
+        role: "standard", "student", "before" (the student that finetune.py refined) or "online_teacher".
+        network: its latency is measured if it is given.
+        latencies: by runtime and batch size.
+    """
+
+    name: str
+    role: str
+    cost: Cost
+    val: Accuracy | None = None
+    test: Accuracy | None = None
+    network: nn.Module | None = None
+    exported: bool = False
+    latencies: dict[tuple[str, int], Latency] = field(default_factory=dict)
+    file_bytes: int | None = None
+    onnx_bytes: int | None = None
+
+    def __post_init__(self):
+        self.not_finite = [split for split in ("val", "test") if (found := getattr(self, split)) and isnan(found.top1)]
+        for split in self.not_finite:
+            setattr(self, split, None)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for the metadata of files: name, role, cost and accuracies."""
+        return {"name": self.name, "role": self.role, **self.cost._asdict(), **self.accuracies()}
+
+    def accuracies(self) -> dict[str, float | None]:
+        """ "val" and "test", top-1 in %, and "val_top5" and "test_top5" where there are more than ten classes."""
+        values = {}
+        for split, found in (("val", self.val), ("test", self.test)):
+            values[split] = found.top1 if found else None
+            if found and found.top5 is not None:
+                values[f"{split}_top5"] = found.top5
+        return values
 
 
-def _speeds(standard: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """Of each runtime: "1.41x faster at batch 1 and 2.47x at batch 256 (PyTorch)"."""
-    texts, before, place = [], "", " at batch {}"
-    for runtime, name in RUNTIMES.items():
-        if f"{runtime}latency_{LATENCY_BATCHES[0]}" not in row["ratios"]:
-            continue
-        words = []
-        for batch in LATENCY_BATCHES:
-            text = change(row["ratios"][f"{runtime}latency_{batch}"], "faster", "slower", "as fast")
-            times, compared, word = text.partition("x ")
-            words.append((f"{times}x" if compared and word == before else text) + place.format(batch))
-            before = word
-        spreads = [entry[f"{runtime}spread_{batch}"] for entry in (standard, row) for batch in LATENCY_BATCHES]
-        doubt = ", unsteady" if max(spreads) > UNSTEADY else ""
-        texts.append(f"{' and '.join(words)} ({name}{doubt})")
-        place = ""
-    return texts
+def standard_name(model: str) -> str:
+    return f"{model}, standard"
+
+
+def read_row(summary: dict[str, Any]) -> Row:
+    """A row from its `Row.summary`. Those of older files have no role; it follows from the name."""
+    name = summary["name"]
+    role = "online_teacher" if name == ONLINE_TEACHER else "standard" if name.endswith(", standard") else "student"
+    found = [(summary.get(split), summary.get(f"{split}_top5")) for split in ("val", "test")]
+    accuracies = [None if top1 is None else Accuracy(top1, top5) for top1, top5 in found]
+    return Row(name, summary.get("role", role), Cost(summary["params"], summary["macs"]), *accuracies)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A cost, compared with the standard network's.
+
+    Attributes:
+        key: its name in report.json.
+        value: of a row, None where it is unknown.
+        text: of a row where it is known.
+        words: for a cost that is smaller than, larger than and equal to the standard network's.
+    """
+
+    key: str
+    title: str
+    value: Callable[[Row], float | None]
+    text: Callable[[Row], str]
+    words: tuple[str, str, str] = ("smaller", "larger", "as large")
+
+    def ratio(self, standard: Row, row: Row) -> float | None:
+        """The standard network's cost divided by this one's: above 1 is better. None where one of them is unknown."""
+        before, after = self.value(standard), self.value(row)
+        return None if before is None or after is None else before / after
+
+    def change(self, standard: Row, row: Row) -> str:
+        """ "1.25x smaller" for a ratio of 1.25, "1.25x larger" for 0.8; "" where it is unknown or a network's own."""
+        ratio = None if row is standard else self.ratio(standard, row)
+        if ratio is None:
+            return ""
+        smaller, larger, equal = self.words
+        times = f"{max(ratio, 1 / ratio):.2f}x"
+        return equal if times == "1.00x" else f"{times} {smaller if ratio > 1 else larger}"
+
+
+def _latency(runtime: str, batch: int) -> Quantity:
+    def value(row: Row) -> float | None:
+        return row.latencies[runtime, batch].median if (runtime, batch) in row.latencies else None
+
+    def text(row: Row) -> str:
+        return f"{value(row):.2f} ms" + (f" {MARK}" if row.latencies[runtime, batch].spread > UNSTEADY else "")
+
+    key = f"{PREFIXES[runtime]}latency_{batch}"
+    return Quantity(key, f"{runtime}, batch {batch}", value, text, ("faster", "slower", "as fast"))
+
+
+PARAMS = Quantity("params", "parameters", lambda row: row.cost.params, lambda row: f"{row.cost.params:,}")
+MACS = Quantity(
+    "macs", "MACs", lambda row: row.cost.macs, lambda row: f"{row.cost.macs / 1e6:.2f} M", ("fewer", "more", "as many")
+)
+LATENCIES = {runtime: [_latency(runtime, batch) for batch in BATCHES] for runtime in PREFIXES}
+FILES = [
+    Quantity("file_bytes", ".pt file", lambda row: row.file_bytes, lambda row: f"{row.file_bytes:,} bytes"),
+    Quantity("onnx_bytes", ".onnx file", lambda row: row.onnx_bytes, lambda row: f"{row.onnx_bytes:,} bytes"),
+]
+MEASURED = [*LATENCIES[PYTORCH], *LATENCIES[ONNX], *FILES]
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain values, with the spread of latencies and each cost's ratio to the standard network's."""
+    entries = []
+    for row in rows:
+        quantities = [quantity for quantity in (PARAMS, MACS, *MEASURED) if quantity.value(row) is not None]
+        ratios = {quantity.key: quantity.ratio(rows[0], row) for quantity in quantities}
+        entry = row.summary() | {quantity.key: quantity.value(row) for quantity in quantities}
+        for (runtime, batch), latency in row.latencies.items():
+            entry[f"{PREFIXES[runtime]}spread_{batch}"] = latency.spread
+        entry["ratios"] = {key: ratio for key, ratio in ratios.items() if ratio is not None}
+        entries.append(entry | {"exported": row.exported})
+    return entries
+
+
+def overview(rows: Sequence[Row], *splits: str) -> Cells:
+    """Accuracy on the splits ("validation", "test") and costs of each network."""
+    found = {"validation": [row.val for row in rows], "test": [row.test for row in rows]}
+    top5 = any(accuracy and accuracy.top5 is not None for accuracy in found["test"])
+    columns = [["network", *(row.name for row in rows)]]
+    for split in splits:
+        columns.append([f"{split} top-1, %", *(_percent(accuracy and accuracy.top1) for accuracy in found[split])])
+        if top5:
+            columns.append(["top-5, %", *(_percent(accuracy and accuracy.top5) for accuracy in found[split])])
+    for quantity in (PARAMS, MACS):
+        columns.append([quantity.title, *map(quantity.text, rows)])
+        columns.append(["", *(quantity.change(rows[0], row) for row in rows)])
+    return list(map(list, zip(*columns, strict=True)))
+
+
+def measurements(rows: Sequence[Row]) -> Cells:
+    """Latencies and sizes of files of the networks that were measured, side by side."""
+    known = [quantity for quantity in MEASURED if any(quantity.value(row) is not None for row in rows)]
+    columns = [["measured", *(quantity.title for quantity in known)]]
+    for row in rows:
+        if row.latencies:  # the other students cost what the best one costs
+            texts = ["-" if quantity.value(row) is None else quantity.text(row) for quantity in known]
+            columns.append([row.name, *texts])
+            if row is not rows[0]:
+                columns.append(["", *(quantity.change(rows[0], row) for quantity in known)])
+    return list(map(list, zip(*columns, strict=True)))
+
+
+def classes(accuracies: Sequence[ClassAccuracy], most: int = 20, worst: int = 10) -> Cells:
+    """Test accuracy of the exported network by class: all classes up to `most` of them, else the `worst` ones."""
+    known, title = [entry for entry in accuracies if entry.accuracy is not None], "class"
+    if len(accuracies) > most:
+        known = sorted(known, key=lambda entry: entry.accuracy)[:worst]
+        title = f"the {len(known)} worst of {len(accuracies):,} classes"
+    lines = [[entry.name, f"{entry.images:,}", _percent(entry.accuracy)] for entry in known]
+    return [[title, "test images", "top-1 accuracy, %"], *lines]
+
+
+def markdown(cells: Cells) -> list[str]:
+    titles, *lines = cells
+    rule = ["---", *["--:"] * (len(titles) - 1)]
+    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in (titles, rule, *lines)]
+
+
+def plain(cells: Cells) -> str:
+    """For the terminal."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def verdict(rows: Sequence[Row], title: str) -> str:
+    """In one sentence what the exported network costs and achieves, compared with the standard one."""
+    standard, (row,) = rows[0], [row for row in rows if row.exported]
+    costs = [PARAMS.change(standard, row), f"{MACS.change(standard, row)} MACs"]
+    for runtime, quantities in LATENCIES.items():
+        changes = [(quantity.change(standard, row), batch) for quantity, batch in zip(quantities, BATCHES, strict=True)]
+        if all(change for change, _ in changes):
+            spread = max(network.latencies[runtime, batch].spread for network in (standard, row) for batch in BATCHES)
+            speeds = " and ".join(f"{change} at batch {batch}" for change, batch in changes)
+            costs.append(f"{speeds} ({runtime}{', unsteady' if spread > UNSTEADY else ''})")
+    achieved = ["no accuracy, for its logits are not finite"]
+    if row.test:
+        others = [(standard, "the standard network")]
+        others += [(before, "before it was refined") for before in rows if before.role == "before"]
+        compared = [_points(row.test.top1 - other.test.top1, name) for other, name in others if other.test]
+        achieved = [f"{row.test.top1:.2f} % of the test images right", *compared]
+    return f"{title}: {', '.join(costs)}; {', '.join(achieved)}"
 
 
 def _points(gained: float, name: str) -> str:
@@ -64,96 +235,53 @@ def _points(gained: float, name: str) -> str:
     return f"{points} points {'more' if gained > 0 else 'less'} than {name}"
 
 
-def summary(table: Table) -> str:
-    """The table for a person at a terminal: accuracy, parameters, MACs."""
-    top5 = _with_top5(table)
-    cells = [("network", "test top-1, %", *(["top-5, %"] if top5 else []), "parameters", "", "MACs", "")]
-    for row in table:
-        ratios = ("", "")
-        if row is not table[0]:
-            size, macs = row["ratios"]["params"], row["ratios"]["macs"]
-            ratios = change(size, "smaller", "larger", "as large"), change(macs, "fewer", "more", "as many")
-        accuracies = [_percent(row["test"]), *([_percent(row.get("test_top5"))] if top5 else [])]
-        cells.append((row["name"], *accuracies, f"{row['params']:,}", ratios[0], _mega(row), ratios[1]))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for name, *values in cells:
-        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join(lines)
-
-
-def accuracy_table(table: Table) -> list[str]:
-    titles = {"val": "validation", "test": "test"}
-    if _with_top5(table):
-        titles = {"val": "validation top-1", "val_top5": "top-5", "test": "test top-1", "test_top5": "top-5"}
-    lines = [[row["name"], *(_percent(row.get(key)) for key in titles)] for row in table]
-    title = "accuracy, %" if "val_top5" in titles else "top-1 accuracy, %"
-    return [f"| {' | '.join(line)} |" for line in ([title, *titles.values()], ["---", *["--:"] * len(titles)], *lines)]
-
-
-def class_table(classes: Sequence[dict[str, Any]], most: int, worst: int) -> list[str]:
-    """Test accuracy of the exported network by class: all classes up to `most` of them, else the `worst` ones."""
-    known = [entry for entry in classes if entry["accuracy"] is not None]
-    title = "class"
-    if len(classes) > most:
-        known = sorted(known, key=lambda entry: entry["accuracy"])[:worst]
-        title = f"the {len(known)} worst of {len(classes):,} classes"
-    lines = [f"| {entry['name']} | {entry['images']:,} | {_percent(entry['accuracy'])} |" for entry in known]
-    return [f"| {title} | test images | top-1 accuracy, % |", "|---|--:|--:|", *lines]
-
-
-def _with_top5(table: Table) -> bool:
-    return any("test_top5" in row or "val_top5" in row for row in table)
-
-
-def cost_table(table: Table) -> list[str]:
-    header = ["network", "parameters", "smaller", "MACs", "fewer"]
-    header += [title for batch in LATENCY_BATCHES for title in (f"latency, batch {batch}", "faster")]
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    for row in table:
-        if f"latency_{LATENCY_BATCHES[0]}" in row:  # the other students cost what the best one costs
-            cells = [row["name"], f"{row['params']:,}", _times(row, "params"), _mega(row), _times(row, "macs")]
-            for batch in LATENCY_BATCHES:
-                cells += [_measured(row, f"latency_{batch}"), _times(row, f"latency_{batch}")]
-            lines.append(cells)
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def deployment_table(table: Table, chosen: int) -> list[str]:
-    """The standard network and the exported one side by side: measured latencies and the sizes of the files."""
-    networks = [table[0], table[chosen]] if chosen else [table[0]]
-    lines = [["measured", *(row["name"] for row in networks), ""], ["---", *["--:"] * len(networks), "---"]]
-    for key in (*LATENCIES, *FILES):
-        if key in table[chosen]:
-            cells = [_measured(row, key) if key in row else "-" for row in networks]
-            words = ("smaller", "larger", "as large") if key in FILES else ("faster", "slower", "as fast")
-            ratio = table[chosen]["ratios"].get(key) if chosen else None
-            lines.append([_title(key), *cells, change(ratio, *words) if ratio else ""])
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _title(key: str) -> str:
-    if key in FILES:
-        return FILES[key]
-    runtime, _, batch = key.partition("latency_")
-    return f"{RUNTIMES[runtime]}, batch {batch}"
-
-
-def _measured(row: dict[str, Any], key: str) -> str:
-    if key in FILES:
-        return f"{row[key]:,} bytes"
-    mark = f" {MARK}" if row[key.replace("latency", "spread")] > UNSTEADY else ""
-    return f"{row[key]:.2f} ms{mark}"
-
-
-def _times(row: dict[str, Any], key: str) -> str:
-    return f"{row['ratios'][key]:.2f}x"
-
-
-def _mega(row: dict[str, Any]) -> str:
-    return f"{row['macs'] / 1e6:.2f} M"
-
-
 def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2f}"
+
+
+def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) -> None:
+    """Draw metrics.jsonl: the terms of the loss, and validation accuracies; nothing if matplotlib cannot be imported.
+
+    Args:
+        best: the epoch and student that were chosen.
+        teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
+    """
+    try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FixedLocator, MaxNLocator
+    except (ImportError, OSError) as error:
+        job.logger.info(f"{job.curves.name} is not drawn: {first_line(error)}")
+        return
+    metrics = read_metrics(job.metrics)
+    epochs = [line["epoch"] for line in metrics]
+    losses, accuracies = [line["train"]["loss"] for line in metrics], [line["val"]["accuracy"] for line in metrics]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marker = "." if len(epochs) <= 30 else ""
+
+    for name in losses[0] if losses else []:
+        width = 2 if name == "total" else 1.2
+        left.plot(epochs, [terms[name] for terms in losses], label=name, linewidth=width, marker=marker)
+    left.set(title="Training loss and its weighted terms", xlabel="epoch", yscale="log")
+
+    students = len(accuracies[0]["students"]) if accuracies else 0
+    for i in range(students):
+        style = {"linewidth": 2} if i == best["student"] else {"alpha": 0.35}
+        label = f"student {i + 1}" if students > 1 else "network"
+        values = [found["students"][i] for found in accuracies]
+        right.plot(epochs, values, label=label, color="tab:blue", marker=marker, **style)
+    if accuracies and "online_teacher" in accuracies[0]:
+        values = [found["online_teacher"] for found in accuracies]
+        right.plot(epochs, values, label=ONLINE_TEACHER, color="tab:red", marker=marker)
+    if teacher_accuracy is not None:
+        right.axhline(teacher_accuracy, label="pretrained teacher", color="black", linestyle="--", linewidth=1)
+    right.plot(best["epoch"], best["accuracy"], "*", color="tab:orange", markersize=13, label="exported", zorder=5)
+    right.set(title="Validation accuracy, top-1 %", xlabel="epoch")
+
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(FixedLocator(epochs) if len(epochs) == 1 else MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    with atomic_write(job.curves) as file:
+        figure.savefig(file, format="png", dpi=130)
