@@ -189,6 +189,7 @@ class StreamedBatches:
                 iterator = self._iterator = iter(self.loader)
             yield from iterator
         except OSError as error:  # a worker's is a text, whose last line is its error
+            _end_workers(iterator)  # the garbage collector may finalize their queues first, and they would never end
             raise UserError(f"reading images fails: {str(error).splitlines()[-1]}") from error
         finally:
             if not self.loader.persistent_workers:
@@ -221,7 +222,7 @@ def _end_workers(iterator: Iterator | None) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Kill workers that are still alive at exit, such as those of a loader that could not start all of them.
+    """Kill workers that are still alive at exit: of a loader that was garbage, or could not start all of its workers.
 
     multiprocessing would send them SIGTERM, which they block, and wait for them forever.
     """
