@@ -27,7 +27,7 @@ from utils import checkpoint, export, inputs, report
 from utils.config import Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.evaluation import accuracies, accuracy, evaluate
+from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
 from utils.tables import Row, read_row, standard_name
@@ -109,12 +109,12 @@ def results(run: Run, trainer: Trainer, before: nn.Module, source: dict[str, Any
     found = [accuracy(before, batches) for batches in splits]
     rows.append(Row("student, before", "before", count(before, size), *found, before))
     scores = [evaluate(trainer.learner, batches, confusion_of=0) for batches in splits]
-    (val,), (test,) = map(accuracies, scores)
+    (val,), (test,) = (split.accuracies() for split in scores)
     best = trainer.best_student
     rows.append(Row("student, refined", "student", count(best, size), val, test, best, exported=True))
     if "online_teacher" in known:
         rows.append(known["online_teacher"])
-    return Results(rows, scores[1]["confusion"])
+    return Results(rows, scores[1].confusion)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from utils import checkpoint, inputs, report
 from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.evaluation import accuracies, accuracy, evaluate
 from utils.methods import METHODS
+from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
 from utils.tables import ONLINE_TEACHER, Row, standard_name
@@ -125,11 +125,11 @@ def results(run: Run, trainer: Trainer) -> Results:
     """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
     config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
     splits, name = (run.loaders.val, run.loaders.test), standard_name(config.teacher_model)
-    scores = [evaluate(learner, batches, confusion_of=trainer.best["student"]) for batches in splits]
-    val, test = map(accuracies, scores)
+    scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
+    val, test = (split.accuracies() for split in scores)
     if config.pretrain:
         rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
-        return Results(rows, scores[1]["confusion"])
+        return Results(rows, scores[1].confusion)
     standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
     known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
     rows = [Row(name, "standard", count(standard, size), *known, standard)]
@@ -138,7 +138,7 @@ def results(run: Run, trainer: Trainer) -> Results:
         rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
     if len(val) > len(learner.students):
         rows.append(Row(ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
-    return Results(rows, scores[1]["confusion"], scores[1].get("disagreement"))
+    return Results(rows, scores[1].confusion, scores[1].disagreement)
 
 
 def print_test(config: Config) -> None:
@@ -165,7 +165,7 @@ def print_test(config: Config) -> None:
     if learner:
         several = [f"student {i + 1}" for i in range(len(learner.students))]
         names = [config.teacher_model] if config.pretrain else [*several, ONLINE_TEACHER]
-        found |= zip(names, accuracies(evaluate(learner, run.loaders.test)), strict=False)
+        found |= zip(names, evaluate(learner, run.loaders.test).accuracies(), strict=False)
     for name, value in found.items():
         print(f"{name}: {value} on the test set")
 

@@ -47,8 +47,8 @@ from model.online import OnlineTeacher
 from utils.cost import count, time_in_turn
 from utils.device import describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
-from utils.evaluation import evaluate
 from utils.graphs import GraphedStep
+from utils.metrics import evaluate
 
 CLASSES = 10
 LAMBDA, TEMPERATURE, RATE = 0.1, 4.0, 1e-3

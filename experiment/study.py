@@ -46,7 +46,7 @@ from utils.config import MAY_CHANGE
 from utils.cores import cores
 from utils.device import pick_device, pick_execution
 from utils.errors import UserError
-from utils.evaluation import accuracy
+from utils.metrics import accuracy
 from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ import data
 from data.loader import make_loaders
 from tests.helpers import ROOT, succeed, tensorboard_scalars
 from utils.checkpoint import load_student
-from utils.evaluation import accuracy
+from utils.metrics import accuracy
 
 FOLDER = ROOT / "tests" / "earlier_version"
 STUDENT = FOLDER / "resnet_pruned_18.pt"

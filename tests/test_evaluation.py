@@ -10,8 +10,7 @@ import model
 from data.loader import Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
-from utils.checkpoint import best_of
-from utils.evaluation import TOP5_ABOVE, accuracies, accuracy, evaluate, summarize
+from utils.metrics import TOP5_ABOVE, Best, ByNetwork, Scores, accuracy, evaluate
 from utils.report import by_class
 
 
@@ -27,21 +26,19 @@ def test_evaluate_against_a_plain_count():
         student_logits, teacher_logits = learner.eval()(images)
     targets = torch.from_numpy(split.targets)
     for i, logits in enumerate(student_logits):
-        assert scores["accuracy"]["students"][i] == pytest.approx(
-            100 * (logits.argmax(1) == targets).float().mean().item()
-        )
-        assert scores["loss"]["students"][i] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-4)
-    assert scores["accuracy"]["online_teacher"] == pytest.approx(
+        assert scores.accuracy.students[i] == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item())
+        assert scores.loss.students[i] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert scores.accuracy.online_teacher == pytest.approx(
         100 * (teacher_logits.argmax(1) == targets).float().mean().item()
     )
-    assert scores["loss"]["online_teacher"] == pytest.approx(F.cross_entropy(teacher_logits, targets).item(), rel=1e-4)
+    assert scores.loss.online_teacher == pytest.approx(F.cross_entropy(teacher_logits, targets).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("accuracies", "losses", "best"), [([1, 3, 2], [0, 9, 0], 1), ([3, 3, 2], [5, 4, 0], 1), ([3, 3], [4, 5], 0)]
 )
 def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, losses, best):
-    assert best_of({"accuracy": {"students": accuracies}, "loss": {"students": losses}}) == best
+    assert Best.of(1, Scores(ByNetwork(accuracies), ByNetwork(losses))).student == best
 
 
 class Fixed(nn.Module):
@@ -81,9 +78,9 @@ def test_top_5_is_for_more_than_ten_classes_and_for_every_network():
     assert accuracy(few, indexed(targets)).top5 is None
     assert "top-5" not in str(accuracy(few, indexed(targets)))
     scores = evaluate(Students([many, many]), indexed(targets))
-    assert len(scores["top5"]["students"]) == 2
-    assert [row.top5 for row in accuracies(scores)] == scores["top5"]["students"]
-    assert summarize(scores).count("top-5") == 1
+    assert len(scores.top5.students) == 2
+    assert [row.top5 for row in scores.accuracies()] == scores.top5.students
+    assert str(scores).count("top-5") == 1
 
 
 def test_top_5_of_logits_that_are_not_finite_is_none():
@@ -100,14 +97,14 @@ def test_disagreement_is_the_mean_over_pairs_of_students():
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = 100 * np.mean([(answers[a] != answers[b]).float().mean() for a, b in pairs])
     scores = evaluate(learner, indexed(np.zeros(5, int), batch_size=2))
-    assert scores["disagreement"] == pytest.approx(expected)
-    assert "disagreement" not in evaluate(Students([learner.students[0]]), indexed(np.zeros(5, int)))
+    assert scores.disagreement == pytest.approx(expected)
+    assert evaluate(Students([learner.students[0]]), indexed(np.zeros(5, int))).disagreement is None
 
 
 def test_confusion_counts_images_by_class_and_answer():
     targets, answers = np.array([0, 0, 1, 2, 2, 2, 0]), torch.tensor([0, 1, 1, 0, 2, 2, 0])
     learner = Students([Fixed(torch.zeros(7, 4)), Fixed(F.one_hot(answers, 4).float())])
-    counts = evaluate(learner, indexed(targets, batch_size=3), confusion_of=1)["confusion"]
+    counts = evaluate(learner, indexed(targets, batch_size=3), confusion_of=1).confusion
     assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
     assert by_class(counts, list("abcd")) == [
         ("a", 3, pytest.approx(200 / 3)),

@@ -14,6 +14,7 @@ from utils import options
 from utils.device import GRAPH, KERNELS, PLAIN, pick_execution
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.metrics import Best
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def test_checkpoints_are_the_same_whatever_trained_them():
     states = []
     for choice in ("auto", "off"):
         trainer, _ = trained(pick_execution(choice, CPU))
-        trainer.best = {"epoch": 1, "student": 0, "accuracy": 50.0, "loss": 1.0}
+        trainer.best = Best(epoch=1, student=0, accuracy=50.0, loss=1.0)
         states.append(trainer._state({}, {}))
     fast, plain = states
     layouts = [{key: (x.dtype, x.shape, x.stride()) for key, x in state["model"].items()} for state in states]

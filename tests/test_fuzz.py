@@ -14,6 +14,7 @@ from utils import checkpoint, options
 from utils.checkpoint import best_student, load_student
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.metrics import Best, ByNetwork, Scores
 from utils.teacher import load_teacher
 
 CPU = torch.device("cpu")
@@ -248,9 +249,9 @@ def resumable(tmp_path_factory):
     """A training checkpoint after one step, and its metadata."""
     folder = tmp_path_factory.mktemp("checkpoint")
     started = trainer()
-    started.epoch, started.best = 1, {"epoch": 1, "student": 0, "accuracy": 10.0, "loss": 2.0}
+    started.epoch, started.best = 1, Best(epoch=1, student=0, accuracy=10.0, loss=2.0)
     started.train_step(torch.randn(4, 3, 2, 2), torch.arange(4))
-    started.scores = {"accuracy": {"students": [10.0], "online_teacher": 9.0}, "loss": {"students": [2.0]}}
+    started.scores = Scores(accuracy=ByNetwork([10.0], 9.0), loss=ByNetwork([2.0]))
     exported(folder / "student.pt")
     meta = load_student(folder / "student.pt")[1] | {"config": options.parse("main", FLAGS).recorded()}
     for name in ("last.pt", "model_best.pt"):
@@ -287,7 +288,7 @@ def test_forged_checkpoints_are_refused_or_resumed(resumable, tmp_path):
         accepted += 1
         assert np.isfinite(step(resumed))
         assert resumed.best_student is resumed.learner.students[0]
-        assert resumed.best["accuracy"] <= 1e300
+        assert resumed.best.accuracy <= 1e300
         assert 0 <= resumed.epoch < 2**31
     assert 0 < accepted < 400
 

@@ -20,8 +20,8 @@ from tests.helpers import make_tree, report_of
 from utils import checkpoint, options, report, tables
 from utils.cost import Cost, Latency, forward_pass, latency
 from utils.errors import UserError
-from utils.evaluation import Accuracy, accuracy, evaluate
 from utils.job import Job
+from utils.metrics import Accuracy, accuracy, evaluate
 from utils.tables import PYTORCH, Row, draw_curves
 from utils.teacher import check_accuracy
 
@@ -50,7 +50,7 @@ def batches(*pixels, batch_size=2):
 def test_a_network_with_any_logit_that_is_not_finite_has_no_accuracy(value):
     """Though argmax finds a class in its answers, and the right one in some; another network is not affected."""
     scores = evaluate(Students([FirstPixel(value), FirstPixel(1.0)]), batches(5, 0, 7))
-    broken, sound = scores["accuracy"]["students"]
+    broken, sound = scores.accuracy.students
     assert np.isnan(broken)
     assert sound == 100
     assert accuracy(FirstPixel(value), batches(5, 6, 7)).top1 == 100

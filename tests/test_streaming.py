@@ -22,8 +22,8 @@ from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed
 from utils import options
 from utils.engine import Trainer
 from utils.errors import UserError
-from utils.evaluation import evaluate
 from utils.job import Job
+from utils.metrics import evaluate
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -370,13 +370,13 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
     torch.manual_seed(0)
     network = Tiny()
     losses = [nn.functional.cross_entropy(network(images), targets).item() for images, targets in kept]
-    assert scores["loss"]["total"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert scores.loss["total"] == pytest.approx(np.mean(losses), rel=1e-5)
 
     whole = [path for path in paths if path.stat().st_size]
     damaged, readable = streamed(paths, training=False), streamed(whole, training=False)
     readable.split.targets[:] = [i for i, path in enumerate(paths) if path.stat().st_size]
     expected = evaluate(trainer.learner, readable)
-    assert evaluate(trainer.learner, damaged)["loss"]["students"] == pytest.approx(expected["loss"]["students"])
+    assert evaluate(trainer.learner, damaged).loss.students == pytest.approx(expected.loss.students)
 
 
 def positioned(batches):

@@ -4,7 +4,7 @@ import pytest
 
 from utils import tables
 from utils.cost import Cost, Latency
-from utils.evaluation import Accuracy
+from utils.metrics import Accuracy
 from utils.tables import ONNX, PYTORCH, ClassAccuracy, Row
 
 TITLE = "resnet_20 -> resnet_20_sparse (depthwise)"

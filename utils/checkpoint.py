@@ -29,6 +29,7 @@ from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.methods import METHODS
+from utils.metrics import Best, Scores
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -123,7 +124,7 @@ def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, dict[s
     content = load_checkpoint(path)
     if not content["scores"]:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
-    return _student(path, content, best_of(content["scores"]), arch)
+    return _student(path, content, Best.of(content["epoch"], Scores.from_plain(content["scores"])).student, arch)
 
 
 def all_students(path: Path, content: dict[str, Any], arch: str | None = None) -> list[nn.Module]:
@@ -178,12 +179,6 @@ def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
             names = ("none" if name is None else f"'{name}'" for name in (a, b))
             return "class {} is {} there and {} in the data".format(i, *names)
     return None
-
-
-def best_of(scores: dict[str, dict[str, Any]]) -> int:
-    """Index of the student with the highest accuracy; among equals the one with the lowest loss."""
-    accuracies, losses = scores["accuracy"]["students"], scores["loss"]["students"]
-    return max(range(len(accuracies)), key=lambda i: (accuracies[i], -losses[i]))
 
 
 def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import fused
 from utils import distributed
@@ -130,3 +131,19 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.cpu.get_capabilities().get("cpu_name", "CPU") if device.type == "cpu" else device.type
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's random generators on the CPU and on `device`."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Restore what `random_state` returned; the generator of a device that is not here is left out."""
+    torch.set_rng_state(states["cpu"])
+    for kind in ("cuda", "mps"):
+        if kind in states and getattr(torch, kind).is_available():
+            getattr(torch, kind).set_rng_state(states[kind])

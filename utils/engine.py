@@ -18,14 +18,13 @@ from model.online import Students
 from model.weights import load_weights
 from utils import checkpoint, distributed, inputs
 from utils.config import Config, as_typed, changed_flag
-from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment
+from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment, random_state, set_random_state
 from utils.errors import UserError
-from utils.evaluation import Scores, all_logits, by_network, evaluate, summarize
 from utils.graphs import GraphedStep
 from utils.interruption import interruption
-from utils.job import Job, flatten
+from utils.job import Job
 from utils.methods import METHODS
-from utils.progress import Progress, set_random_state
+from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten, plain
 from utils.schedule import Schedule
 
 
@@ -38,10 +37,10 @@ class Trainer:
 
     Attributes:
         epoch: epochs done; in training, the one in progress.
-        progress: of the epoch in progress.
+        means: of the steps of the epoch in progress.
         scores: of the last epoch done, on the validation set.
         seconds: of training and validation so far, with those before the run was resumed.
-        best: epoch, student (its index), accuracy and loss of the best student on the validation set so far.
+        best: the best student on the validation set so far.
     """
 
     def __init__(
@@ -76,16 +75,15 @@ class Trainer:
         self.rampup = 1.0
         # A recorded step reads the learning rate, and the factor of the online term, from memory.
         self.on_device = torch.ones(2, device=device).unbind() if graphed else None
-        self.epoch, self.scores, self.best = 0, None, None
-        self.progress, self.saved_at = Progress(), time.monotonic()
+        self.epoch = 0
+        self.scores: Scores | None = None
+        self.best: Best | None = None
+        self.means, self._begun = EpochMeans(), None
+        self.saved_at = time.monotonic()
         self.seconds, self._counted_at = 0.0, time.perf_counter()
 
-    def train_step(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor, int]:
-        """One step of SGD on a batch, of which each process has its share, in --accumulate parts.
-
-        Returns, all of the whole batch: the loss and its terms, the correct answers of each student and of the online
-        teacher, and its images.
-        """
+    def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
+        """One step of SGD on a batch, of which each process has its share, in --accumulate parts."""
         shares = distributed.counts(len(targets))
         processes, size = len(shares), sum(shares)
         parts = max(1, min(self.accumulate, min(shares) // 2))  # BatchNorm needs two images
@@ -99,7 +97,7 @@ class Trainer:
             outcome = outcome + torch.cat([weight * torch.stack(list(losses.values())).detach(), correct])
         self.optimizer.step()
         outcome = distributed.total(outcome)
-        return dict(zip(losses, outcome, strict=False)), outcome[len(losses) :], size
+        return StepResult(dict(zip(losses, outcome, strict=False)), outcome[len(losses) :], size)
 
     def losses(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The loss and its terms, and the correct answers of each student and of the online teacher."""
@@ -116,60 +114,57 @@ class Trainer:
             correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
 
-    def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None) -> Scores:
+    def train_one_epoch(
+        self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None
+    ) -> TrainingScores:
         """One pass over `batches`, or the rest of one; waits for the device every print_freq steps, to save, and last.
 
         Args:
             meta: of the checkpoints within the epoch and after its last step; without it there are none.
-
-        Returns:
-            Scores averaged over the images, each as it was in its own step; the losses are "total" and its terms.
-
         Raises:
             UserError: a loss is not finite.
             SystemExit: a signal asked for it, and the steps so far are saved.
         """
         self.learner.train()
-        progress, steps = self.progress, len(batches)
+        means, steps = self.means, len(batches)
         title = f"epoch {self.epoch}/{self.num_epochs}"
-        total, done = batches.num_images, progress.images
+        total, done = batches.num_images, means.images
         with tqdm(desc=title, total=total, initial=done, unit=" images", leave=False, disable=None) as bar:
             for images, targets in batches:
-                moment = self.epoch, (progress.steps + 1) / steps
+                moment = self.epoch, (means.steps + 1) / steps
                 self._set(self.schedule.rate(*moment), self.schedule.rampup(*moment))
-                losses, hits, size = self.train_step(images, targets)
-                progress.add(losses, hits, size)
-                bar.update(size)
-                if progress.steps % self.print_freq == 0:
+                result = self.train_step(images, targets)
+                means.add(result)
+                bar.update(result.size)
+                if means.steps % self.print_freq == 0:
                     self._settle(steps, job)
-                    loss = f"{progress.losses[-1][0]:.4f}"
+                    loss = f"{means.losses[-1][0]:.4f}"
                     bar.set_postfix(loss=loss)
-                    if bar.disable and progress.steps < steps:
-                        job.logger.info(f"{title}, step {progress.steps}/{steps}: loss {loss}")
+                    if bar.disable and means.steps < steps:
+                        job.logger.info(f"{title}, step {means.steps}/{steps}: loss {loss}")
                 interrupted = _interrupted()
                 if meta and (interrupted or time.monotonic() - self.saved_at >= self.save_every):
                     self._settle(steps, job)
-                    self._save_last(job, meta, progress.state_dict(batches.position, self.device))
+                    self._save_last(job, meta, self._progress(batches))
                     if interrupted:
-                        saved = f"{title}, step {progress.steps}/{steps} is saved"
+                        saved = f"{title}, step {means.steps}/{steps} is saved"
                         interruption.message = f"{saved}; {job.how_to_go_on}"
                         interruption.end()
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
         # Evaluation may take longer than a scheduler waits after its signal. Broken weights are left for it to report.
         if meta and all(value.isfinite().all() for value in self.learner.state_dict().values()):
-            self._save_last(job, meta, progress.state_dict(batches.position, self.device))
-        self.progress = Progress()
-        losses = progress.average_losses()
-        return {
-            "loss": {"total" if name == "loss" else name: value for name, value in losses.items()},
-            "accuracy": by_network(self.learner, progress.accuracies()),
-        }
+            self._save_last(job, meta, self._progress(batches))
+        self.means = EpochMeans()
+        return means.scores(self.learner)
+
+    def _progress(self, batches: AugmentedBatches) -> dict[str, Any]:
+        """The state of the epoch in progress, for a checkpoint."""
+        return {"position": batches.position, "random": random_state(self.device), **self.means.state_dict()}
 
     def _settle(self, steps: int, job: Job) -> None:
         """Wait for the device, and check the losses since the last time."""
-        losses = self.progress.settle()
-        for step, terms in enumerate(losses, start=self.progress.steps - len(losses) + 1):
+        for step, terms in self.means.settle().items():
             self._check_finite(terms, f"step {step}", self.schedule.rate(self.epoch, step / steps), job.last)
 
     def _set(self, rate: float, rampup: float) -> None:
@@ -196,14 +191,14 @@ class Trainer:
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
-                if not all(map(math.isfinite, flatten(self.scores).values())):
+                if not all(map(math.isfinite, flatten(plain(self.scores)).values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
                 self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
             self.saved_at = time.monotonic()
             while self.epoch < self.num_epochs and not _interrupted():
-                epoch_started, images = time.perf_counter(), train.num_images - self.progress.images
+                epoch_started, images = time.perf_counter(), train.num_images - self.means.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
                 speed = images / (time.perf_counter() - epoch_started)
@@ -213,15 +208,15 @@ class Trainer:
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
                 rate = self.schedule.rate(self.epoch)
-                self._check_finite(flatten(self.scores), "on the validation set", rate, job.best)
+                self._check_finite(flatten(plain(self.scores)), "on the validation set", rate, job.best)
 
                 self._keep_best(job, meta)
-                job.add_metrics(self.epoch, rate, train_scores, self.scores)
+                job.add_metrics(self.epoch, rate, plain(train_scores), plain(self.scores))
                 self._save_last(job, meta)
                 eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
                 job.logger.info(
-                    f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores['loss']['total']:.4f}, "
-                    f"validation {summarize(self.scores)}, best {self.best['accuracy']:.2f}; "
+                    f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores.loss['total']:.4f}, "
+                    f"validation {self.scores}, best {self.best.accuracy:.2f}; "
                     + (f"{speed:,.0f} images/s, " if images else "")  # a resumed run may have had its last step
                     + f"{timedelta(seconds=round(eta))} left"
                 )
@@ -243,9 +238,10 @@ class Trainer:
     def _begin_epoch(self, train: AugmentedBatches) -> None:
         """Go to the next epoch, or back into the one that a resumed run had begun."""
         self.epoch += 1
-        train.set_epoch(self.epoch, self.progress.position)
-        if self.progress.random:
-            set_random_state(self.progress.random)
+        begun, self._begun = self._begun, None
+        train.set_epoch(self.epoch, begun["position"] if begun else 0)
+        if begun:
+            set_random_state(begun["random"])
         else:
             # What dropout draws, a resumed run draws again, and each process for itself.
             torch.manual_seed(epoch_seed(self.seed, self.epoch) + distributed.rank() * 2**40)
@@ -270,16 +266,19 @@ class Trainer:
             raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
         load_weights(self.learner, content["model"], str(path))
         checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
-        self.epoch, self.scores, self.best = content["epoch"], content["scores"], content["best"]
+        self.epoch = content["epoch"]
+        self.scores = Scores.from_plain(content["scores"]) if content["scores"] else None
+        self.best = Best.from_plain(content["best"]) if content["best"] else None
         self.seconds = content.get("seconds", 0.0)
         if content.get("progress"):  # which checkpoints of older runs do not know
-            self.progress.load_state_dict(content["progress"], self.device)
-        begun = self.epoch + bool(self.progress.steps)
+            self._begun = content["progress"]
+            self.means.load_state_dict(self._begun, self.device)
+        begun = self.epoch + bool(self.means.steps)
         if self.best:
             path_of_best = path.with_name("model_best.pt")
             best_epoch = checkpoint.load_checkpoint(path_of_best)["epoch"]
             # A run that was killed between its two writes left the best of the epoch after: it comes again.
-            if best_epoch not in (self.best["epoch"], self.epoch + 1):
+            if best_epoch not in (self.best.epoch, self.epoch + 1):
                 raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
             begun = max(begun, best_epoch)
         if begun > self.num_epochs:
@@ -291,25 +290,24 @@ class Trainer:
     @property
     def reached(self) -> str:
         """For a log line: "epoch 3 and 17 steps of the next"."""
-        steps = f" and {self.progress.steps} steps of the next" if self.progress.steps else ""
+        steps = f" and {self.means.steps} steps of the next" if self.means.steps else ""
         return f"epoch {self.epoch}{steps}{self.differences}"
 
     @property
     def best_student(self) -> nn.Module:
-        return self.learner.students[self.best["student"]]
+        return self.learner.students[self.best.student]
 
     def load_best(self, job: Job) -> None:
         """Put the weights of the best epoch back into the learner."""
         distributed.wait_for_all()  # one of them writes it
         content = checkpoint.load_checkpoint(job.best)
         load_weights(self.learner, content["model"], str(job.best))
-        self.best = content["best"]
+        self.best = Best.from_plain(content["best"])
 
     def _keep_best(self, job: Job, meta: dict[str, Any]) -> None:
-        student = checkpoint.best_of(self.scores)
-        accuracy, loss = (self.scores[kind]["students"][student] for kind in ("accuracy", "loss"))
-        if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
-            self.best = {"epoch": self.epoch, "student": student, "accuracy": accuracy, "loss": loss}
+        best = Best.of(self.epoch, self.scores)
+        if self.best is None or best.rank > self.best.rank:
+            self.best = best
             if job.writes:
                 checkpoint.save(job.best, self._state(meta))
 
@@ -334,8 +332,8 @@ class Trainer:
             "progress": progress,
             "model": self.learner.state_dict(),
             "optimizer": optimizer,
-            "scores": self.scores,
-            "best": self.best,
+            "scores": self.scores and plain(self.scores),
+            "best": self.best and plain(self.best),
             "environment": self.environment,
             "seconds": self.seconds,
             "meta": meta,

@@ -19,6 +19,7 @@ from utils.config import BEST, FORMATS, LAST, RESUME_LAST
 from utils.errors import UserError, log, log_to
 from utils.files import Lock, atomic_copy, atomic_write, delete_unfinished
 from utils.interruption import interruption, resume_command
+from utils.metrics import flatten
 
 PHASES = ("train", "test")
 MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # keys that every config.json of this program has
@@ -321,16 +322,3 @@ def wall_times(folder: Path) -> dict[int, float]:
                 times[event.step] = event.wall_time
                 start += length + 16
     return times
-
-
-def flatten(values: dict[str, Any]) -> dict[str, float]:
-    """{"accuracy": {"students": [a, b]}} -> {"accuracy/student_1": a, "accuracy/student_2": b}."""
-    scalars = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            scalars |= {f"{name}/{key}": x for key, x in flatten(value).items()}
-        elif isinstance(value, list):
-            scalars |= {f"{name.removesuffix('s')}_{i}": x for i, x in enumerate(value, start=1)}
-        else:
-            scalars[name] = value
-    return scalars

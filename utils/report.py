@@ -19,6 +19,7 @@ from utils.cost import forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
 from utils.files import atomic_write
+from utils.metrics import plain
 from utils.setup import Run
 from utils.tables import BATCHES, MARK, ONNX, PYTORCH, UNSTEADY, ClassAccuracy, Row
 
@@ -83,7 +84,7 @@ def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) 
     content = {
         "networks": tables.as_json(rows),
         "summary": sentence,
-        "best": trainer.best,
+        "best": plain(trainer.best),
         "notes": notes,
         "data": str(dataset),
         "start": meta["start"],
@@ -160,7 +161,7 @@ def _notes(
         *unsteady(rows),
         *deployment.notes(),
         f"{'Students' if len(trainer.learner.students) > 1 else 'The network'} started {start}.",
-        f"Chosen at epoch {trainer.best['epoch']}, {_selection(dataset)}.",
+        f"Chosen at epoch {trainer.best.epoch}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
         f"Run by {environment['execution']}, trained in {environment['precision']}.",

@@ -12,9 +12,9 @@ from torch import nn
 
 from utils.cost import Cost, Latency
 from utils.errors import first_line
-from utils.evaluation import Accuracy
 from utils.files import atomic_write
 from utils.job import Job, read_metrics
+from utils.metrics import Accuracy, Best
 
 ONLINE_TEACHER = "online teacher"
 BATCHES = (1, 256)  # sizes of the batches whose latency is measured
@@ -239,11 +239,11 @@ def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2f}"
 
 
-def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) -> None:
+def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
     """Draw metrics.jsonl: the terms of the loss, and validation accuracies; nothing if matplotlib cannot be imported.
 
     Args:
-        best: the epoch and student that were chosen.
+        best: the student that was chosen.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
     try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
@@ -266,7 +266,7 @@ def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) 
 
     students = len(accuracies[0]["students"]) if accuracies else 0
     for i in range(students):
-        style = {"linewidth": 2} if i == best["student"] else {"alpha": 0.35}
+        style = {"linewidth": 2} if i == best.student else {"alpha": 0.35}
         label = f"student {i + 1}" if students > 1 else "network"
         values = [found["students"][i] for found in accuracies]
         right.plot(epochs, values, label=label, color="tab:blue", marker=marker, **style)
@@ -275,7 +275,7 @@ def draw_curves(job: Job, best: dict[str, Any], teacher_accuracy: float | None) 
         right.plot(epochs, values, label=ONLINE_TEACHER, color="tab:red", marker=marker)
     if teacher_accuracy is not None:
         right.axhline(teacher_accuracy, label="pretrained teacher", color="black", linestyle="--", linewidth=1)
-    right.plot(best["epoch"], best["accuracy"], "*", color="tab:orange", markersize=13, label="exported", zorder=5)
+    right.plot(best.epoch, best.accuracy, "*", color="tab:orange", markersize=13, label="exported", zorder=5)
     right.set(title="Validation accuracy, top-1 %", xlabel="epoch")
 
     for axes in (left, right):

@@ -22,7 +22,7 @@ from utils.config import Config
 from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
 from utils.errors import UserError
-from utils.evaluation import Accuracy, accuracy
+from utils.metrics import Accuracy, accuracy
 from utils.normalization import NORMALIZATIONS, MeanStd, parse
 
 # Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.

@@ -1,0 +1,288 @@
+"""How good networks are: accuracies and losses of the students and the online teacher, over a split or an epoch."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.loader import Batches
+from model.online import Students
+from utils import distributed
+from utils.errors import UserError
+
+TOP5_ABOVE = 10  # classes; with so few, top-5 says little
+
+
+class Accuracy(NamedTuple):
+    """Top-1 and top-5 in %: NaN where logits are not finite; top-5 is None for at most ten classes."""
+
+    top1: float
+    top5: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.top1:.2f} %" + ("" if self.top5 is None else f" (top-5 {self.top5:.2f} %)")
+
+
+@dataclass(frozen=True)
+class ByNetwork:
+    """A value for each student, and one for the online teacher, if there is one."""
+
+    students: Sequence[float]
+    online_teacher: float | None = None
+
+    @classmethod
+    def of(cls, learner: Students, values: Sequence[float]) -> "ByNetwork":
+        """Args: values: one for each row of `all_logits`."""
+        count = len(learner.students)
+        return cls(values[:count], *values[count:])
+
+    def listed(self) -> list[float]:
+        """In the order of `all_logits`: the students, then the online teacher."""
+        return [*self.students, *([] if self.online_teacher is None else [self.online_teacher])]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The networks of a learner on a split.
+
+    Attributes:
+        accuracy: top-1 in %; NaN for a network with non-finite logits.
+        loss: cross-entropy.
+        top5: top-5 accuracy in %; None for at most ten classes.
+        disagreement: percentage of the images for which two students predict different classes, averaged over all
+            pairs of students; None for a single student.
+        confusion: (K, K) counts of images by target (row) and class that one student predicts (column), if asked for.
+    """
+
+    accuracy: ByNetwork
+    loss: ByNetwork
+    top5: ByNetwork | None = None
+    disagreement: float | None = None
+    confusion: np.ndarray | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> "Scores":
+        """The inverse of `plain`."""
+        parts = {name: content[name] for name in ("accuracy", "loss", "top5") if name in content}
+        values = {name: ByNetwork(part["students"], part.get("online_teacher")) for name, part in parts.items()}
+        return cls(**values, disagreement=content.get("disagreement"))
+
+    def accuracies(self) -> list[Accuracy]:
+        """Of every student, in order, and last of the online teacher, if there is one."""
+        columns = [values.listed() for values in (self.accuracy, self.top5) if values]
+        return [Accuracy(*row) for row in zip(*columns, strict=True)]
+
+    def __str__(self) -> str:
+        """For a log line: "students 91.20 91.52, online teacher 92.31", with top-5 in parentheses if there is any."""
+        rows, count = self.accuracies(), len(self.accuracy.students)
+        text = ("students " if count > 1 else "") + _joined(rows[:count])
+        return text + (f", online teacher {_joined(rows[count:])}" if rows[count:] else "")
+
+
+@dataclass(frozen=True)
+class TrainingScores:
+    """Averages over the images of an epoch, each as it was in its own training step.
+
+    Attributes:
+        loss: the loss, named "total", and its terms.
+        accuracy: top-1 in %.
+    """
+
+    loss: dict[str, float]
+    accuracy: ByNetwork
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best student so far: the highest accuracy on the validation set and, among equals, the lowest loss."""
+
+    epoch: int
+    student: int
+    accuracy: float
+    loss: float
+
+    @classmethod
+    def of(cls, epoch: int, scores: Scores) -> "Best":
+        """The best student of one epoch."""
+        rows = enumerate(zip(scores.accuracy.students, scores.loss.students, strict=True))
+        return max((cls(epoch, i, *row) for i, row in rows), key=lambda best: best.rank)
+
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> "Best":
+        """The inverse of `plain`."""
+        return cls(**{name: content[name] for name in (part.name for part in fields(cls))})
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return self.accuracy, -self.loss
+
+
+def plain(record: Scores | TrainingScores | Best) -> dict[str, Any]:
+    """The record as files hold it: nested dictionaries, without what is None."""
+    return asdict(record, dict_factory=lambda items: {key: value for key, value in items if value is not None})
+
+
+def flatten(values: dict[str, Any]) -> dict[str, float]:
+    """Tensorboard names: {"accuracy": {"students": [a, b]}} -> {"accuracy/student_1": a, "accuracy/student_2": b}."""
+    scalars = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            scalars |= {f"{name}/{key}": x for key, x in flatten(value).items()}
+        elif isinstance(value, list):
+            scalars |= {f"{name.removesuffix('s')}_{i}": x for i, x in enumerate(value, start=1)}
+        else:
+            scalars[name] = value
+    return scalars
+
+
+def evaluate(
+    learner: Students, batches: Batches | Iterable[tuple[Tensor, Tensor]], confusion_of: int | None = None
+) -> Scores:
+    """Score every student and the online teacher, in float32 as exported, on the batches of all processes.
+
+    An image counts for top-k when fewer than k classes are ahead of its target: those with a larger logit, and those
+    with an equal logit and a smaller index.
+
+    Args:
+        confusion_of: index of the student to count the confusion matrix of.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    learner.eval()
+    students, totals, classes, counts = len(learner.students), 0, 0, torch.tensor(0)
+    with torch.inference_mode():
+        for images, targets in batches:
+            logits = all_logits(*learner(images))
+            ranks = _ranks(logits, targets)
+            hits = torch.stack([ranks < 1, ranks < 5]).float()
+            hits = hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(-1)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits)), reduction="none")
+            losses = losses.view(len(logits), -1).sum(1)
+            predictions = logits[:students].argmax(-1)
+            differing = (predictions[:, None] != predictions).sum() / max(1, students * (students - 1))
+            # The images are counted here: of batches.num_images, some may turn out to be damaged.
+            count = hits.new_tensor([len(targets)])
+            totals, classes = totals + torch.cat([count, differing[None], *hits, losses]), logits.shape[-1]
+            if confusion_of is not None:
+                cells = targets * classes + predictions[confusion_of]
+                counts = counts + torch.bincount(cells, minlength=classes**2).cpu()
+    # A process without a readable image has no totals.
+    share = (totals.double().cpu(), classes, counts) if classes else None
+    found = [part for part in distributed.gathered(share) if part]
+    if not found:
+        raise UserError("none of the images to evaluate on can be read: repair them")
+    (count, differing, *rows), classes = sum(part[0] for part in found).tolist(), found[0][1]
+    networks = len(rows) // 3
+    top1, top5, loss = (rows[i : i + networks] for i in range(0, len(rows), networks))
+    return Scores(
+        accuracy=ByNetwork.of(learner, [100 * hits / count for hits in top1]),
+        loss=ByNetwork.of(learner, [total / count for total in loss]),
+        top5=ByNetwork.of(learner, [100 * hits / count for hits in top5]) if classes > TOP5_ABOVE else None,
+        disagreement=100 * differing / count if students > 1 else None,
+        confusion=None if confusion_of is None else sum(part[2] for part in found).view(classes, classes).numpy(),
+    )
+
+
+def accuracy(network: nn.Module, batches: Batches) -> Accuracy:
+    """Of one network, (B, 3, H, W) -> (B, K)."""
+    return evaluate(Students([network]), batches).accuracies()[0]
+
+
+def all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
+    """(N, B, K), or (N + 1, B, K) with the online teacher's logits last."""
+    return student_logits if teacher_logits is None else torch.cat([student_logits, teacher_logits[None]])
+
+
+class StepResult(NamedTuple):
+    """A training step on the whole batch, of all processes; the tensors are on the device.
+
+    Attributes:
+        losses: the loss and its terms, scalars.
+        correct: (networks,) counts of correct predictions, in the order of `all_logits`.
+        size: images.
+    """
+
+    losses: dict[str, Tensor]
+    correct: Tensor
+    size: int
+
+
+class EpochMeans:
+    """Averages the results of an epoch's training steps over its images.
+
+    Attributes:
+        losses: of each step that was waited for, the loss and its terms, named by `names`.
+        sizes: images of each step.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.losses: list[list[float]] = []
+        self.sizes: list[int] = []
+        self._correct: Tensor | int = 0
+        self._pending: list[Tensor] = []
+
+    @property
+    def steps(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def images(self) -> int:
+        return sum(self.sizes)
+
+    def add(self, result: StepResult) -> None:
+        """Add a step, without waiting for the device."""
+        self.names = list(result.losses)
+        self._pending.append(torch.stack(list(result.losses.values())))
+        self._correct = self._correct + result.correct
+        self.sizes.append(result.size)
+
+    def settle(self) -> dict[int, dict[str, float]]:
+        """Wait for the device. Returns the losses of each step (from 1) since the last time."""
+        rows = torch.stack(self._pending).tolist() if self._pending else []
+        self._pending.clear()
+        self.losses += rows
+        return dict(enumerate((self._named(row) for row in rows), start=self.steps - len(rows) + 1))
+
+    def scores(self, learner: Students) -> TrainingScores:
+        """The averages; the steps must be settled."""
+        weights = torch.tensor(self.sizes, dtype=torch.float64) / self.images
+        averages = self._named((weights @ torch.tensor(self.losses, dtype=torch.float64)).tolist())
+        accuracies = [100 * hits / self.images for hits in self._correct.tolist()]
+        losses = {"total" if name == "loss" else name: value for name, value in averages.items()}
+        return TrainingScores(losses, ByNetwork.of(learner, accuracies))
+
+    def _named(self, row: Sequence[float]) -> dict[str, float]:
+        return dict(zip(self.names, row, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint; the steps must be settled."""
+        return {
+            "names": self.names,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "sizes": torch.tensor(self.sizes),
+            "correct": self._correct.cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.names = state["names"]
+        self.losses, self.sizes = state["losses"].tolist(), state["sizes"].tolist()
+        self._correct = state["correct"].to(device)
+
+
+def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many classes are ahead of the target in each row of logits: (N, B, K) and (B,) -> (N, B)."""
+    own = logits.gather(-1, targets.expand(len(logits), -1)[..., None])
+    earlier = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(-1)
+
+
+def _joined(rows: Sequence[Accuracy]) -> str:
+    text = " ".join(f"{row.top1:.2f}" for row in rows)
+    return text if rows[0].top5 is None else f"{text} (top-5 {' '.join(f'{row.top5:.2f}' for row in rows)})"
