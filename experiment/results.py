@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiment.studies import STUDIES, Study, Table
 from utils.files import atomic_write
+from utils.tables import markdown
 
 Record = dict[str, Any]
 Groups = dict[str, list[Record]]  # by variant
+
+TITLES = ("method", "N", "parameters", "exported", "top-5", "mean", "online teacher", "its parameters", "disagree", "n")
 
 INTRODUCTION = """# Results
 
@@ -23,8 +25,9 @@ them again from the records of the runs, results/STUDY.jsonl.
 
 Test accuracy, top-1 in %: mean ± standard error over the n seeds. "Exported" is the student that is exported, chosen
 among the students and epochs of a run by validation accuracy. "Mean" is the mean of all students of a run; choosing one
-of several favors "exported", but not "mean", over methods that train one student. The test set was evaluated once,
-after training. A difference is stated with the sum of the two standard errors.
+of several favors "exported", but not "mean", over methods that train one student. "Top-5" is that of the exported
+student; "disagree" is the share of the test images, in %, for which two students give different classes. The test set
+was evaluated once, after training. A difference is stated with the sum of the two standard errors.
 """
 LOSSLESS = """
 Images are read with `--dataset folder`: the same images, classes and augmentation as torchvision's data set of the same
@@ -96,9 +99,13 @@ def _section(name: str, study: Study, records: list[Record], folder: Path) -> li
         groups = grouped(records, table)
         if any(groups.values()):
             text += [f"### {table.title}", "", *_table(table, groups), ""]
-            text += [*_comparisons(table, groups), ""]
-    draw(study, records, folder / f"{name}.png")
-    return [*text, f"![test accuracy against parameters](results/{name}.png)", ""]
+            if compared := _comparisons(table, groups):
+                text += [*compared, ""]
+        if any(map(trained, groups.values())):
+            picture = f"{name}-{table.key}.png"
+            draw(study, table, groups, folder / picture)
+            text += [f"![test accuracy against parameters](results/{picture})", ""]
+    return text
 
 
 def grouped(records: list[Record], table: Table) -> Groups:
@@ -113,28 +120,36 @@ def trained(records: Iterable[Record]) -> list[Record]:
 
 
 def _table(table: Table, groups: Groups) -> list[str]:
-    some = next(record for group in groups.values() for record in trained(group))
-    top5 = "test_top5" in some
-    title = "exported top-1" if top5 else "exported"
-    header = ["method", "N", title, *(["top-5"] if top5 else []), "mean", "online teacher", "disagree", "n"]
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    """A row for each variant with records; columns without any value are left out."""
+    lines = []
     for row in table.rows:
         done, count = trained(groups[row.variant]), len(groups[row.variant])
-        if not count:
-            continue
         number = str(len(done)) + (f", {count - len(done)} diverged" if len(done) < count else "")
-        if not done:
-            lines.append([row.title, "", *[""] * (len(header) - 3), number])
-            continue
-        students = done[0]["settings"]["num_students"]
-        cells = [row.title, str(students), _mean(exported, done)]
-        if top5:
-            cells.append(_mean(lambda record: record["test_top5"], done))
-        cells.append(_mean(mean_student, done) if students > 1 else "")
-        cells.append(_mean(online_teacher, done) if done[0]["online_teacher"] else "")
-        cells.append(_mean(lambda record: record["disagreement"], done) if done[0].get("disagreement") else "")
-        lines.append([*cells, number])
-    return [f"| {' | '.join(line)} |" for line in lines]
+        if count:
+            lines.append({"method": row.title, **(_columns(done) if done else {}), "n": number})
+    titles = [title for title in TITLES if any(line.get(title) for line in lines)]
+    return markdown([titles, *([line.get(title, "") for title in titles] for line in lines)])
+
+
+def _columns(records: list[Record]) -> dict[str, str]:
+    """Cells of a row by the titles of their columns, from records of runs that did not diverge."""
+    first, online = records[0], records[0]["online_teacher"]
+    columns = {
+        "N": str(first["settings"]["num_students"]),
+        "parameters": f"{first['params']:,}",
+        "exported": _mean(exported, records),
+    }
+    if "test_top5" in first:
+        columns["top-5"] = _mean(lambda record: record["test_top5"], records)
+    if first["settings"]["num_students"] > 1:
+        columns["mean"] = _mean(mean_student, records)
+    if online:
+        columns["online teacher"] = _mean(online_teacher, records)
+    if online and "params" in online:
+        columns["its parameters"] = f"{online['params']:,}"
+    if first.get("disagreement"):
+        columns["disagree"] = _mean(lambda record: record["disagreement"], records)
+    return columns
 
 
 def _mean(value: Callable[[Record], float], records: list[Record]) -> str:
@@ -144,13 +159,13 @@ def _mean(value: Callable[[Record], float], records: list[Record]) -> str:
 def _comparisons(table: Table, groups: Groups) -> list[str]:
     """What a variant gains over another, where both have been trained: exported students, and means of students."""
     titles = {row.variant: row.title for row in table.rows}
-    lines = ["| difference, points | exported | mean |", "|---|--:|--:|"]
+    lines = []
     for ours, theirs in table.compared:
         pair = trained(groups[ours]), trained(groups[theirs])
         if all(pair):
             cells = [difference(*(Mean.of(map(value, group)) for group in pair)) for value in (exported, mean_student)]
-            lines.append(f"| {titles[ours]}, minus {titles[theirs]} | {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else []
+            lines.append([f"{titles[ours]}, minus {titles[theirs]}", *cells])
+    return markdown([["difference, points", "exported", "mean"], *lines]) if lines else []
 
 
 def difference(ours: Mean, theirs: Mean) -> str:
@@ -158,18 +173,8 @@ def difference(ours: Mean, theirs: Mean) -> str:
     return f"{ours.mean - theirs.mean:+.2f}" + ("" if math.isnan(errors) else f" ± {errors:.2f}")
 
 
-def draw(study: Study, records: list[Record], path: Path) -> None:
-    """One panel a table: accuracy of the networks against their parameters."""
-    tables = {table: groups for table in study.tables if any((groups := grouped(records, table)).values())}
-    figure = Figure(figsize=(6.2 * len(tables), 5.6), layout="constrained")
-    for axes, (table, groups) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        _draw_table(axes, table, groups)
-    figure.suptitle(f"{study.title}: mean and standard error over seeds", fontsize=11)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def _draw_table(axes: Axes, table: Table, groups: Groups) -> None:
+def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
+    """Accuracy of a table's networks against their parameters."""
     points = []  # (parameters, accuracy, marker, color, label)
     for i, row in enumerate(table.rows):
         if done := trained(groups[row.variant]):
@@ -178,15 +183,20 @@ def _draw_table(axes: Axes, table: Table, groups: Groups) -> None:
             if "params" in online:
                 accuracy, label = Mean.of(map(online_teacher, done)), f"{row.title}: online teacher"
                 points.append((online["params"], accuracy, "D", f"C{i % 10}", label))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     for size, mean, marker, color, label in points:
         group = [point[-1] for point in points if point[0] == size]
         place = size * 1.05 ** (group.index(label) - (len(group) - 1) / 2)  # beside each other, around their tick
         error = 0 if math.isnan(mean.error) else mean.error
         axes.errorbar(place, mean.mean, error, fmt=marker, markersize=6, capsize=2, color=color, label=label)
     sizes = sorted({size for size, *_ in points})
-    axes.set(title=table.title, xlabel="parameters", ylabel="test accuracy, top-1 %", xscale="log")
+    axes.set(title=f"{study.title}: {table.title}", xlabel="parameters", xscale="log")
+    axes.set_ylabel("test accuracy, top-1 %: mean and standard error")
     axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     axes.set_xticks(sizes, [f"{size / 1e3:.1f} k" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)

@@ -104,10 +104,10 @@ def written(tmp_path, monkeypatch):
 
 def test_tables_state_mean_standard_error_and_number(written):
     mean, error = statistics.fmean(OURS), statistics.stdev(OURS) / 3**0.5
-    row = f"| OD | 2 | {mean:.2f} ± {error:.2f} | {mean - 1:.2f} ± {error:.2f} | 85.00 ± 0.00 | 5.00 ± 0.00 | 3 |"
-    assert row in written
-    assert "| standard | 1 | 90.00 |  |  |  | 1 |" in written
-    assert "| from the teacher |  |  |  |  |  | 0, 1 diverged |" in written
+    students = f"{mean:.2f} ± {error:.2f} | {mean - 1:.2f} ± {error:.2f}"
+    assert f"| OD | 2 | 40,522 | {students} | 85.00 ± 0.00 | 100,000 | 5.00 ± 0.00 | 3 |" in written
+    assert "| standard | 1 | 40,522 | 90.00 |  |  |  |  | 1 |" in written
+    assert "| from the teacher |  |  |  |  |  |  |  | 0, 1 diverged |" in written
 
 
 def test_differences_come_with_the_sum_of_the_standard_errors(written):
@@ -119,8 +119,27 @@ def test_differences_come_with_the_sum_of_the_standard_errors(written):
 
 
 def test_a_picture_is_drawn(written, tmp_path):
-    assert "(results/tiny.png)" in written
-    assert (tmp_path / "results" / "tiny.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "(results/tiny-depthwise.png)" in written
+    assert (tmp_path / "results" / "tiny-depthwise.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_any_part_of_the_runs_is_worth_a_table_and_a_picture(written, backwards, tmp_path):
+    path = results.records_file(tmp_path, "tiny")
+    lines = path.read_text().splitlines(keepends=True)
+    lines = lines[::-1] if backwards else lines
+    for count in range(1, len(lines) + 1):
+        picture = path.with_name("tiny-depthwise.png")
+        picture.unlink(missing_ok=True)
+        path.write_text("".join(lines[:count]))
+        results.write_results(tmp_path)
+        text = (tmp_path / "RESULTS.md").read_text()
+        titles = {row.variant: row.title for row in TINY.tables[0].rows}
+        known = [json.loads(line) for line in lines[:count]]
+        shown = {row.split(" | ")[0].removeprefix("| ") for row in text.splitlines() if row.startswith("| ")}
+        assert {titles[entry["variant"]] for entry in known} == shown & set(titles.values())
+        trained = any("test" in entry for entry in known)
+        assert ("(results/tiny-depthwise.png)" in text) == picture.exists() == trained
 
 
 def test_the_tables_of_this_repository_are_those_of_its_records(tmp_path):
@@ -181,7 +200,7 @@ def test_interrupted_study_goes_on_where_it_stopped(continued):
     assert began.timestamp() < taught, "a run waited for a teacher that it does not need"
 
     od = entries["depthwise-od-0"]
-    assert f"| OD | 2 | {od['test']:.2f} |" in (out / "RESULTS.md").read_text()
+    assert f"| OD | 2 | {od['params']:,} | {od['test']:.2f} |" in (out / "RESULTS.md").read_text()
     assert od["teacher"]["test"] == entries["depthwise-teacher-0"]["test"]
     assert od["online_teacher"]["params"] > od["params"]
     assert od["seconds"] > 0
