@@ -45,9 +45,8 @@ from model import build, fused
 from model.conv import KINDS, Shift2d
 from model.online import OnlineTeacher
 from utils.cost import count, time_in_turn
-from utils.device import describe, pick_device, pick_execution, pick_precision
+from utils.device import GraphedStep, apply_execution, describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
-from utils.graphs import GraphedStep
 from utils.metrics import evaluate
 
 CLASSES = 10
@@ -107,15 +106,14 @@ class Ours:
     def __init__(self, setting: Setting, device: torch.device, precision: str, compile: str):
         flags = f"--lr {RATE} --lambda {LAMBDA} --temperature {TEMPERATURE} --num_epochs 1 --warmup_epochs 0"
         config = options.parse("main", flags.split())
-        self.device, self.compile, self.precision = device, compile, precision
-        execution = pick_execution(compile, device)
-        self.name = f"{precision}, {execution}"
-        self.trainer = Trainer(setting.learner(), None, config, device, precision, execution)
+        self.device, self.precision, self.execution = device, precision, pick_execution(compile, device)
+        self.name = f"{precision}, {self.execution}"
+        self.trainer = Trainer(setting.learner(), None, config, device, precision, self.execution)
         self.learner = self.trainer.learner.train()
 
     def step(self, images: Tensor, targets: Tensor) -> None:
-        pick_execution(self.compile, self.device)
-        self.trainer.train_step(images, targets)
+        apply_execution(self.execution)
+        self.trainer.step(images, targets)
 
     def data_rates(self, batch_size: int, num_batches: int = 6) -> tuple[float, float]:
         """Images/s of training steps and of an evaluation, data and augmentation included."""

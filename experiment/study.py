@@ -43,8 +43,7 @@ from data.loader import Batches
 from experiment.results import networks_folder, read_records, records_file, trained, write_results
 from experiment.studies import STUDIES, Row, Table
 from utils.config import MAY_CHANGE
-from utils.cores import cores
-from utils.device import pick_device, pick_execution
+from utils.device import apply_execution, cores, pick_device, pick_execution
 from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.setup import run_script
@@ -277,7 +276,7 @@ def check(out: Path, study: str, data_dir: Path | None) -> bool:
     if not paths:
         raise UserError(f"{networks_folder(out, study)} has no networks to check")
     device = pick_device("auto")
-    pick_execution("auto", device)
+    apply_execution(pick_execution("auto", device))
     dataset, differ = None, []
     for path in paths:
         network, meta = checkpoint.load_student(path)

@@ -50,6 +50,11 @@ def enable() -> None:
     _library = _load()
 
 
+def check() -> None:
+    """Compile or load the kernels without using them yet; raises as `enable` does."""
+    _load()
+
+
 def disable() -> None:
     """Use PyTorch's own operators from now on."""
     global _library

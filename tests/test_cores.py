@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from utils.cores import cores
-from utils.device import pick_execution
+from utils.device import Execution, apply_execution, cores
 
 CPU, V2 = "sys/fs/cgroup/cpu", "sys/fs/cgroup"
 
@@ -56,10 +55,10 @@ def test_threads_follow_the_cores_unless_a_number_was_set(monkeypatch):
     try:
         torch.set_num_threads(2)
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        pick_execution("off", torch.device("cpu"))
+        apply_execution(Execution())
         assert torch.get_num_threads() == 2
         monkeypatch.delenv("OMP_NUM_THREADS")
-        pick_execution("off", torch.device("cpu"))
+        apply_execution(Execution())
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -154,13 +154,13 @@ def test_batchnorm_losses_and_optimizer_stay_float32(precision):
 def test_every_step_takes_its_own_rate(job, monkeypatch):
     trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4), CPU, "fp32")
     train, _ = loaders()
-    taken, step = [], trainer.train_step
+    taken, step = [], trainer.step
 
     def watched(*batch):
         taken.append(trainer.optimizer.param_groups[0]["lr"])
         return step(*batch)
 
-    trainer.train_step = watched
+    trainer.step = watched
     trainer.epoch = 1
     trainer.train_one_epoch(train, job)
     assert taken == pytest.approx([0.4 * step / 6 for step in range(1, 7)])
@@ -238,7 +238,7 @@ def test_dropout_draws_the_same_after_a_resume(job):
     whole, (train, val) = trainer(), loaders()
     whole.fit(train, val, job, meta)
     first, second = trainer(), trainer()
-    first.num_epochs = 1
+    first.config = replace(args, num_epochs=1)
     first.fit(train, val, job, meta)
     torch.manual_seed(99)
     second.resume(job.last, meta)
@@ -257,14 +257,14 @@ def test_run_goes_on_exactly_from_any_step(job):
         return Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
 
     whole, (train, val) = trainer(), loaders()
-    states, step = [job.last.with_name(f"{i}.pt") for i in range(12)], whole.train_step
+    states, step = [job.last.with_name(f"{i}.pt") for i in range(12)], whole.step
 
     def watched(*batch):
         if job.last.exists():
             shutil.copy(job.last, states[len(list(job.last.parent.glob("[0-9]*.pt")))])
         return step(*batch)
 
-    whole.train_step = watched
+    whole.step = watched
     whole.fit(train, val, job, meta)
     metrics = [json.loads(line) for line in job.metrics.read_text().splitlines()]
     positions = []
@@ -312,7 +312,7 @@ def test_resume_refuses_what_would_be_another_run(job, flags, message):
     base = ("--teacher_model", "resnet_20", "--num_epochs", 3, "--num_students", 1, "--lambda", 0)
     args, changed = arguments(*base), arguments(*base, *flags)
     first = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
-    first.num_epochs = 1
+    first.config = replace(args, num_epochs=1)
     first.fit(*loaders(), job, META | {"config": args.recorded()})
     with pytest.raises(UserError, match=message):
         Trainer(Students([Forgetful()]), None, changed, CPU, "fp32").resume(
@@ -452,13 +452,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
         online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4, "--warmup_epochs", 0), CPU, "fp32"
     )
     train, val = loaders()
-    step, calls = trainer.train_step, []
+    step, calls = trainer.step, []
 
     def poisoned(images, targets):
         calls.append(1)
         return step(images * (torch.nan if len(calls) == 6 + 3 else 1), targets)  # 6 steps an epoch
 
-    trainer.train_step = poisoned
+    trainer.step = poisoned
     with pytest.raises(UserError, match=r"epoch 2, step 3: .*ce_students nan.*learning rate 0\.1") as error:
         trainer.fit(train, val, job, META)
     assert str(job.last) in str(error.value)
@@ -471,7 +471,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
 def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
     trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 1), CPU, "fp32")
     train, val = loaders()
-    step, calls = trainer.train_step, []
+    step, calls = trainer.step, []
 
     def poisoned(images, targets):
         calls.append(1)
@@ -480,7 +480,7 @@ def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
             trainer.learner.students[1].fc.bias.data.fill_(torch.inf)
         return result
 
-    trainer.train_step = poisoned
+    trainer.step = poisoned
     with pytest.raises(UserError, match="epoch 1, on the validation set"):
         trainer.fit(train, val, job, META)
     assert not job.last.exists()
@@ -491,7 +491,7 @@ def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch)
     train, _ = loaders(count=32)
     trainer.epoch = 1
     waits, steps = [], []
-    step = trainer.train_step
+    step = trainer.step
 
     def watched(original):
         def method(self, *args, **kwargs):
@@ -502,6 +502,6 @@ def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch)
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
-    trainer.train_step = lambda *batch: (steps.append(1), step(*batch))[1]
+    trainer.step = lambda *batch: (steps.append(1), step(*batch))[1]
     trainer.train_one_epoch(train, job)
     assert set(waits) == {3, 6, 8}  # 8: the end of the epoch

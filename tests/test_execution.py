@@ -11,7 +11,7 @@ from model import fused
 from model.online import OnlineTeacher
 from tests.helpers import fail, run_process, succeed
 from utils import options
-from utils.device import GRAPH, KERNELS, PLAIN, pick_execution
+from utils.device import GRAPH, KERNELS, PLAIN, Execution, apply_execution, pick_execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.metrics import Best
@@ -31,6 +31,12 @@ def kernels_are_used():
     return "NormReLU" in type(fused.norm_relu(nn.BatchNorm2d(16), x).grad_fn).__name__
 
 
+def used(choice):
+    execution = pick_execution(choice, CPU)
+    apply_execution(execution)
+    return execution
+
+
 def trained(execution, steps=3, on_device=False, device=CPU):
     """A trainer after some steps, and what each step returned."""
     torch.manual_seed(0)
@@ -45,21 +51,21 @@ def trained(execution, steps=3, on_device=False, device=CPU):
     targets = (torch.arange(8) % 4).to(device)
     returned = []
     for i in range(steps):
-        trainer._set(0.001 * (i + 1), rampup=i / steps)
-        losses, correct, _ = trainer.train_step(images[i].contiguous(memory_format=torch.channels_last), targets)
+        trainer.set_rates(0.001 * (i + 1), rampup=i / steps)
+        losses, correct, _ = trainer.step(images[i].contiguous(memory_format=torch.channels_last), targets)
         returned.append(({name: value.item() for name, value in losses.items()}, correct.tolist()))
     return trainer, returned
 
 
 def test_a_cpu_with_a_compiler_uses_the_kernels():
-    assert pick_execution("auto", CPU) == KERNELS
+    assert used("auto") == Execution(KERNELS)
     assert kernels_are_used()
-    assert pick_execution("on", CPU) == KERNELS
+    assert used("on") == Execution(KERNELS)
 
 
 def test_off_means_pytorch_alone():
-    pick_execution("auto", CPU)
-    assert pick_execution("off", CPU) == PLAIN
+    used("auto")
+    assert used("off") == Execution(PLAIN)
     assert not kernels_are_used()
 
 
@@ -67,7 +73,7 @@ def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fused._load.cache_clear()
-    assert pick_execution("auto", CPU).startswith(f"{PLAIN} (no fused kernels: ")
+    assert str(used("auto")).startswith(f"{PLAIN} (no fused kernels: ")
     assert not kernels_are_used()
     with pytest.raises(UserError, match="--compile on has no fused kernels"):
         pick_execution("on", CPU)
@@ -77,7 +83,7 @@ def test_where_the_cache_cannot_be_written_the_kernels_are_compiled_for_this_pro
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     fused._load.cache_clear()
-    assert pick_execution("auto", CPU) == KERNELS
+    assert used("auto") == Execution(KERNELS)
     assert kernels_are_used()
 
 
@@ -95,9 +101,9 @@ def test_kernels_are_compiled_once(monkeypatch, tmp_path):
 def test_checkpoints_are_the_same_whatever_trained_them():
     states = []
     for choice in ("auto", "off"):
-        trainer, _ = trained(pick_execution(choice, CPU))
+        trainer, _ = trained(used(choice))
         trainer.best = Best(epoch=1, student=0, accuracy=50.0, loss=1.0)
-        states.append(trainer._state({}, {}))
+        states.append(trainer._state({}))
     fast, plain = states
     layouts = [{key: (x.dtype, x.shape, x.stride()) for key, x in state["model"].items()} for state in states]
     assert layouts[0] == layouts[1]
@@ -106,23 +112,25 @@ def test_checkpoints_are_the_same_whatever_trained_them():
 
 def test_a_learning_rate_and_a_rampup_in_memory_train_the_same_and_is_saved_as_a_number():
     """That is where a recorded step reads it."""
-    (plain, expected), (trainer, returned) = trained(PLAIN), trained(PLAIN, on_device=True)
+    (plain, expected), (trainer, returned) = trained(Execution()), trained(Execution(), on_device=True)
     for (losses, correct), (wanted, wanted_correct) in zip(returned, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-6)
         assert correct == wanted_correct
-    rates = [t._state({}, {})["optimizer"]["param_groups"][0]["lr"] for t in (plain, trainer)]
+    rates = [t._state({})["optimizer"]["param_groups"][0]["lr"] for t in (plain, trainer)]
     assert all(type(rate) is float for rate in rates)
     assert rates[1] == pytest.approx(rates[0])
-    trainer.optimizer.load_state_dict(copy.deepcopy(trainer._state({}, {})["optimizer"]))
-    trainer._set(0.5, rampup=1.0)
+    trainer.optimizer.load_state_dict(copy.deepcopy(trainer._state({})["optimizer"]))
+    trainer.set_rates(0.5, rampup=1.0)
     assert trainer.optimizer.param_groups[0]["lr"] is trainer.on_device[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_cuda_graph_trains_as_single_kernels_do():
     device = torch.device("cuda")
-    (_, expected), (trainer, returned) = (trained(execution, 8, device=device) for execution in (PLAIN, GRAPH))
-    assert trainer.train_step.graph is not None
+    (_, expected), (trainer, returned) = (
+        trained(execution, 8, device=device) for execution in map(Execution, (PLAIN, GRAPH))
+    )
+    assert trainer.step.graph is not None
     for (losses, correct), (wanted, wanted_correct) in zip(returned, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-3)
         assert correct == wanted_correct

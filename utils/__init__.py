@@ -9,7 +9,7 @@ import sys
 GROUND_FLOOR = ("errors", "files", "distributed", "normalization", "losses")
 UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
-    *("engine", "metrics", "schedule", "graphs", "device", "cores", "interruption"),  # training
+    *("engine", "metrics", "device", "interruption"),  # training
     *("checkpoint", "contents", "inputs", "teacher", "job"),  # files
     *("report", "tables", "export", "cost"),  # results
 )

@@ -24,7 +24,8 @@ from model import build, check_architecture
 from model.external import is_file
 from model.online import Ensemble
 from model.weights import build_with, check_match
-from utils.config import completed
+from utils import inputs
+from utils.config import as_typed, changed_flag, completed
 from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -143,6 +144,40 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is an exported network, not a training checkpoint: finetune.py takes it with --pruned")
     if kind_of(content) != CHECKPOINT:
         raise UserError(f"{path} is not a training checkpoint of main.py or finetune.py")
+    return content
+
+
+def load_to_resume(path: Path, meta: dict[str, Any], force: bool) -> dict[str, Any]:
+    """A training checkpoint to go on from, with the model_best.pt beside it.
+
+    Args:
+        meta: of the run that goes on.
+        force: accept other images, another teacher, or another student to refine.
+
+    Raises:
+        UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
+    """
+    content = load_checkpoint(path)
+    was = content["meta"]
+    if name := changed_flag(was["config"], meta["config"]):
+        before, now = (as_typed(name, config.get(name)) for config in (was["config"], meta["config"]))
+        raise UserError(f"{path} was trained {before}, not {now}: resume it {before}")
+    if not force:
+        inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)
+    if any(was[key] != meta[key] for key in ("classes", *(() if force else ("mean", "std")))):
+        raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
+    begun = content["epoch"] + bool(content.get("progress") and len(content["progress"]["sizes"]))
+    if content["best"]:
+        path_of_best = path.with_name("model_best.pt")
+        best_epoch = load_checkpoint(path_of_best)["epoch"]
+        # A run that was killed between its two writes left the best of the next epoch, which comes again.
+        if best_epoch not in (content["best"]["epoch"], content["epoch"] + 1):
+            raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
+        begun = max(begun, best_epoch)
+    if begun > meta["config"]["num_epochs"]:
+        raise UserError(
+            f"{path} is of epoch {begun} already: give --num_epochs {begun} or more, or start over with --reset"
+        )
     return content
 
 

@@ -1,9 +1,13 @@
-"""Which device, precision and code a run computes with."""
+"""Which device, precision and code a run computes with: the pick functions choose, `apply_execution` applies."""
 
 import ctypes
+import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +15,6 @@ from torch import Tensor
 
 from model import fused
 from utils import distributed
-from utils.cores import cores
 from utils.errors import UserError
 
 # The ways to run a training step.
@@ -51,38 +54,72 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def pick_execution(name: str, device: torch.device) -> str:
-    """How to run the training step, by --compile: one of the above, perhaps with a remark in parentheses.
+@dataclass(frozen=True)
+class Execution:
+    """How to run the training step.
+
+    Attributes:
+        code: PLAIN, KERNELS, GRAPH or COMPILED.
+        remark: why it is no faster code.
+        tunes_cudnn: cuDNN times its algorithms, which pays since all batches have one shape.
+    """
+
+    code: str = PLAIN
+    remark: str = ""
+    tunes_cudnn: bool = False
+
+    @property
+    def graphed(self) -> bool:
+        return self.code in (GRAPH, COMPILED)
+
+    @property
+    def compiled(self) -> bool:
+        return self.code == COMPILED
+
+    def __str__(self) -> str:
+        return self.code + (f" ({self.remark})" if self.remark else "")
+
+
+def pick_execution(name: str, device: torch.device) -> Execution:
+    """Choose by --compile; `apply_execution` puts the choice into effect.
 
     "auto" is the fastest that is certain to be worth its preparation: on the CPU the fused kernels, which compile in
     seconds, where there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA compiles the networks
     with torch.compile as well, which takes minutes. "off" is PyTorch's operators one by one.
 
     Raises:
-        UserError: "on", and it cannot be done here.
+        UserError: "on" is impossible here.
     """
-    fused.disable()
-    if "OMP_NUM_THREADS" not in os.environ:
-        _limit_threads(cores())
     if name == "off":
-        return PLAIN
+        return Execution()
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
-        if distributed.world_size() > 1:
-            if name == "on":
-                raise UserError("--compile on is for one process: leave it out under torchrun")
-            return PLAIN
-        return COMPILED if name == "on" else GRAPH
+        if distributed.world_size() == 1:
+            return Execution(COMPILED if name == "on" else GRAPH, tunes_cudnn=True)
+        if name == "on":
+            raise UserError("--compile on is for one process: leave it out under torchrun")
+        return Execution(tunes_cudnn=True)
     try:
         if device.type != "cpu":
             raise fused.KernelsUnavailable(f"there are none for {device.type}")
-        fused.enable()
-        _keep_freed_memory()
+        fused.check()
     except fused.KernelsUnavailable as error:
         if name == "on":
             raise UserError(f"--compile on has no fused kernels: {error}; use auto or off") from error
-        return f"{PLAIN} (no fused kernels: {error})"
-    return KERNELS
+        return Execution(remark=f"no fused kernels: {error}")
+    return Execution(KERNELS)
+
+
+def apply_execution(execution: Execution) -> None:
+    """Set up this process: the kernels, cuDNN, the C library's memory, and the number of threads."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        _limit_threads(cores())
+    if execution.tunes_cudnn:
+        torch.backends.cudnn.benchmark = True
+    if execution.code == KERNELS:
+        fused.enable()
+        _keep_freed_memory()
+    else:
+        fused.disable()
 
 
 def _limit_threads(cores: int) -> None:
@@ -109,17 +146,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def environment(device: torch.device, precision: str, execution: str) -> dict[str, Any]:
-    """What the last bits of a run's results depend on, besides its flags and its data."""
+def environment(device: torch.device, precision: str, execution: Execution) -> dict[str, Any]:
+    """Everything besides flags and data that may change the last bits of a run's results, for checkpoints."""
     return {
         "device": _hardware(device),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "execution": execution,
+        "execution": str(execution),
         "kernels": fused.kernels_hash(),
         "torch": str(torch.__version__),
     }
+
+
+def changes(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """For a log line: how the environment of a resumed run differs from that of its checkpoint."""
+    changed = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and was[name] != now[name]]
+    return f", with {', '.join(changed)}: results may differ in the last bits" if changed else ""
 
 
 def describe(device: torch.device) -> str:
@@ -147,3 +190,86 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     for kind in ("cuda", "mps"):
         if kind in states and getattr(torch, kind).is_available():
             getattr(torch, kind).set_rng_state(states[kind])
+
+
+Step = Callable[[Tensor, Tensor], Any]  # (images, targets) -> tensors, whose values the next call may overwrite
+
+
+class GraphedStep:
+    """Replays a training step as one CUDA graph, which removes the launch overhead of its thousands of small kernels.
+
+    The first WARM_UP calls run `step` itself, the next one records it. The graph is for the batch size of the first
+    call; batches of another size, such as the last of an epoch, go through `step`. All calls are real training steps.
+    What changes from step to step, such as the learning rate, must be read from memory on the device.
+    """
+
+    WARM_UP = 3  # cuDNN and cuBLAS choose their algorithms, SGD creates its momentum
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.calls, self.graph = 0, None
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Any:
+        if self.calls == 0:
+            self.images, self.targets = torch.empty_like(images), torch.empty_like(targets)
+        if images.shape != self.images.shape:
+            return self.step(images, targets)
+        self.images.copy_(images)
+        self.targets.copy_(targets)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self._warm_up()
+        if self.graph is None:
+            self._record()
+        self.graph.replay()
+        return self.outputs
+
+    def _warm_up(self) -> Any:
+        side = torch.cuda.Stream()  # off the default stream, as recording is
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            outputs = self.step(self.images, self.targets)
+        torch.cuda.current_stream().wait_stream(side)
+        return outputs
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.outputs = self.step(self.images, self.targets)
+        self.graph = graph
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Number of CPU cores for this process: those it may run on, up to the CPU quota of its cgroups.
+
+    The processes that torchrun starts on one machine share them.
+
+    Args:
+        root: folder with proc/ and sys/.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # on this machine
+    return max(1, math.ceil(min([allowed, *_quotas(root)])) // processes)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas, in cores, of the cgroup of this process and of those above it."""
+    with suppress(OSError):  # not Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version1 = "cpu" in controllers.split(",")
+            if version1 or not controllers:
+                mount = root / "sys/fs/cgroup" / ("cpu" if version1 else "")
+                folder = mount / path.lstrip("/")  # in a container it may be missing below its mount
+                for cgroup in (folder, *folder.parents):
+                    if cgroup.is_relative_to(mount):
+                        yield _quota(cgroup, version1)
+
+
+def _quota(cgroup: Path, version1: bool) -> float:
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)  # "150000 100000"
+    with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
+        quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
+        if quota > 0:  # not -1, which is none in version 1
+            return quota / period
+    return math.inf

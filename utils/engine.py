@@ -1,8 +1,7 @@
-"""The training loop, shared by main.py and finetune.py."""
+"""The training loop, shared by main.py and finetune.py: the step, the epoch, the fit, and the schedule of its rates."""
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -16,77 +15,79 @@ from tqdm import tqdm
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
 from model.weights import load_weights
-from utils import checkpoint, distributed, inputs
-from utils.config import Config, as_typed, changed_flag
-from utils.device import COMPILED, GRAPH, PLAIN, autocast, environment, random_state, set_random_state
+from utils import checkpoint, distributed
+from utils.config import Config
+from utils.device import Execution, GraphedStep, autocast, changes, environment, random_state, set_random_state
 from utils.errors import UserError
-from utils.graphs import GraphedStep
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
 from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten, plain
-from utils.schedule import Schedule
+
+Meta = dict[str, Any]  # of a run, in each of its checkpoints; describes how to build a student
 
 
 class Trainer:
-    """Trains a learner (Students or OnlineTeacher) with the objective that the flags describe.
+    """Trains a learner (Students or OnlineTeacher) with the objective of the method.
 
     Args:
         teacher: the pretrained teacher, frozen and in eval mode, or None.
-        execution: how to run a step, as `utils.device.pick_execution` chose.
 
     Attributes:
-        epoch: epochs done; in training, the one in progress.
-        means: of the steps of the epoch in progress.
-        scores: of the last epoch done, on the validation set.
-        seconds: of training and validation so far, with those before the run was resumed.
+        epoch: epochs done; during training, the one in progress.
+        means: of the training steps of the epoch in progress.
+        scores: on the validation set, of the last epoch done.
+        seconds: of training and validation so far, including those before the run was resumed.
         best: the best student on the validation set so far.
+        reached: for a log line, the point that a resumed run goes on from.
     """
 
     def __init__(
         self,
         learner: Students,
         teacher: nn.Module | None,
-        args: Config,
+        config: Config,
         device: torch.device,
         precision: str,
-        execution: str = PLAIN,
+        execution: Execution | None = None,
     ):
+        execution = execution or Execution()
+        self.config, self.device, self.precision = config, device, precision
         self.learner = learner.to(device, memory_format=torch.channels_last)
-        self.teacher = teacher if args.miu else None
-        self.device, self.precision, self.execution = device, precision, execution
-        self.environment, self.differences = environment(device, precision, execution), ""
-        self.num_epochs, self.print_freq, self.seed = args.num_epochs, args.print_freq, args.seed
-        self.save_every = 60 * args.save_every_minutes if args.save_every_minutes else math.inf  # seconds
-        self.objective = METHODS[args.method].objective(args)
+        self.teacher = teacher if config.miu else None
+        self.environment = environment(device, precision, execution)
+
+        self.objective = METHODS[config.method].objective(config)
         self.optimizer = torch.optim.SGD(
-            learner.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True
+            learner.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
         )
-        self.schedule, self.accumulate = Schedule(args), args.accumulate
-        graphed = execution in (GRAPH, COMPILED)
-        if graphed:
-            self.train_step = GraphedStep(self.train_step)
-        if args.sync_bn and distributed.world_size() > 1:
-            distributed.synchronize_batch_norm(self.learner)
-        self.forward = torch.compile(self.learner) if execution == COMPILED else self.learner
-        if distributed.world_size() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.learner, devices)
+        self.forward = self._forward(execution)
+        self.step = GraphedStep(self.train_step) if execution.graphed else self.train_step
         self.rampup = 1.0
-        # A recorded step reads the learning rate, and the factor of the online term, from memory.
-        self.on_device = torch.ones(2, device=device).unbind() if graphed else None
+        # A CUDA graph reads the learning rate and the factor of the online term from memory.
+        self.on_device = torch.ones(2, device=device).unbind() if execution.graphed else None
+
         self.epoch = 0
+        self.means = EpochMeans()
         self.scores: Scores | None = None
         self.best: Best | None = None
-        self.means, self._begun = EpochMeans(), None
-        self.saved_at = time.monotonic()
-        self.seconds, self._counted_at = 0.0, time.perf_counter()
+        self._begun: dict[str, Any] | None = None  # the epoch that a resumed run had begun, from its checkpoint
+        self._saved_at = time.monotonic()
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    def _forward(self, execution: Execution) -> nn.Module:
+        """The learner, compiled or shared by the processes."""
+        if distributed.world_size() == 1:
+            return torch.compile(self.learner) if execution.compiled else self.learner
+        if self.config.sync_bn:
+            distributed.synchronize_batch_norm(self.learner)
+        return DistributedDataParallel(self.learner, [self.device] if self.device.type == "cuda" else None)
 
     def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
-        """One step of SGD on a batch, of which each process has its share, in --accumulate parts."""
+        """One step of SGD on this process's share of a batch, (B, 3, H, W) and (B,), in --accumulate parts."""
         shares = distributed.counts(len(targets))
         processes, size = len(shares), sum(shares)
-        parts = max(1, min(self.accumulate, min(shares) // 2))  # BatchNorm needs two images
+        parts = max(1, min(self.config.accumulate, min(shares) // 2))  # BatchNorm needs two images
         self.optimizer.zero_grad()
         outcome = 0
         for part, of_part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
@@ -100,13 +101,11 @@ class Trainer:
         return StepResult(dict(zip(losses, outcome, strict=False)), outcome[len(losses) :], size)
 
     def losses(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss and its terms, and the correct answers of each student and of the online teacher."""
+        """The loss and its terms, and (networks,) counts of correct predictions."""
         with autocast(self.device, self.precision):
             student_logits, teacher_logits = self.forward(images)
-            pretrained_logits = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    pretrained_logits = self.teacher(images)
+            with torch.no_grad():
+                pretrained_logits = None if self.teacher is None else self.teacher(images)
         losses = self.objective(
             student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits, rampup=self.rampup
         )
@@ -114,80 +113,85 @@ class Trainer:
             correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
 
-    def train_one_epoch(
-        self, batches: AugmentedBatches, job: Job, meta: dict[str, Any] | None = None
-    ) -> TrainingScores:
-        """One pass over `batches`, or the rest of one; waits for the device every print_freq steps, to save, and last.
+    def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: Meta | None = None) -> TrainingScores:
+        """One pass over `batches`, or the rest of one.
+
+        Waits for the device only every print_freq steps, before a checkpoint, and at the end.
 
         Args:
-            meta: of the checkpoints within the epoch and after its last step; without it there are none.
+            meta: of the checkpoints during the epoch and after its last step; without it none is written.
+
         Raises:
             UserError: a loss is not finite.
-            SystemExit: a signal asked for it, and the steps so far are saved.
+            SystemExit: after a signal; the steps so far are saved.
         """
         self.learner.train()
         means, steps = self.means, len(batches)
-        title = f"epoch {self.epoch}/{self.num_epochs}"
-        total, done = batches.num_images, means.images
-        with tqdm(desc=title, total=total, initial=done, unit=" images", leave=False, disable=None) as bar:
+        with tqdm(
+            desc=self._title, total=batches.num_images, initial=means.images, unit=" images", leave=False, disable=None
+        ) as bar:
             for images, targets in batches:
                 moment = self.epoch, (means.steps + 1) / steps
-                self._set(self.schedule.rate(*moment), self.schedule.rampup(*moment))
-                result = self.train_step(images, targets)
+                self.set_rates(learning_rate(self.config, *moment), online_rampup(self.config, *moment))
+                result = self.step(images, targets)
                 means.add(result)
                 bar.update(result.size)
-                if means.steps % self.print_freq == 0:
-                    self._settle(steps, job)
-                    loss = f"{means.losses[-1][0]:.4f}"
-                    bar.set_postfix(loss=loss)
-                    if bar.disable and means.steps < steps:
-                        job.logger.info(f"{title}, step {means.steps}/{steps}: loss {loss}")
-                interrupted = _interrupted()
-                if meta and (interrupted or time.monotonic() - self.saved_at >= self.save_every):
-                    self._settle(steps, job)
-                    self._save_last(job, meta, self._progress(batches))
-                    if interrupted:
-                        saved = f"{title}, step {means.steps}/{steps} is saved"
-                        interruption.message = f"{saved}; {job.how_to_go_on}"
-                        interruption.end()
+                if means.steps % self.config.print_freq == 0:
+                    self._show_loss(bar, steps, job)
+                self._save_if_due(batches, job, meta)
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
-        # Evaluation may take longer than a scheduler waits after its signal. Broken weights are left for it to report.
+        # Evaluation may take longer than a scheduler waits after its signal. If the weights are not finite, it fails.
         if meta and all(value.isfinite().all() for value in self.learner.state_dict().values()):
-            self._save_last(job, meta, self._progress(batches))
+            self._save_last(job, meta, batches)
         self.means = EpochMeans()
         return means.scores(self.learner)
 
-    def _progress(self, batches: AugmentedBatches) -> dict[str, Any]:
-        """The state of the epoch in progress, for a checkpoint."""
-        return {"position": batches.position, "random": random_state(self.device), **self.means.state_dict()}
-
-    def _settle(self, steps: int, job: Job) -> None:
-        """Wait for the device, and check the losses since the last time."""
-        for step, terms in self.means.settle().items():
-            self._check_finite(terms, f"step {step}", self.schedule.rate(self.epoch, step / steps), job.last)
-
-    def _set(self, rate: float, rampup: float) -> None:
+    def set_rates(self, rate: float, rampup: float) -> None:
+        """Set the learning rate and the factor of the online term."""
         if self.on_device:
             rate, rampup = (memory.fill_(value) for memory, value in zip(self.on_device, (rate, rampup), strict=True))
         self.rampup = rampup
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def fit(
-        self, train: AugmentedBatches, val: Batches, job: Job, meta: dict[str, Any], keep_initial: bool = False
-    ) -> None:
-        """Train from where the run is to the last epoch; save before and after each evaluation, and as flags say.
+    def _show_loss(self, bar: tqdm, steps: int, job: Job) -> None:
+        """Show the loss in the progress bar or, without a terminal, in the log."""
+        self._settle(steps, job)
+        loss = f"{self.means.losses[-1][0]:.4f}"
+        bar.set_postfix(loss=loss)
+        if bar.disable and self.means.steps < steps:
+            job.logger.info(f"{self._title}, step {self.means.steps}/{steps}: loss {loss}")
+
+    def _save_if_due(self, batches: AugmentedBatches, job: Job, meta: Meta | None) -> None:
+        """Save the epoch in progress every --save_every_minutes, and before a signal ends the process."""
+        interrupted, minutes = _interrupted(), self.config.save_every_minutes
+        due = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        if meta and (interrupted or due):
+            self._settle(len(batches), job)
+            self._save_last(job, meta, batches)
+            if interrupted:
+                saved = f"{self._title}, step {self.means.steps}/{len(batches)} is saved"
+                interruption.message = f"{saved}; {job.how_to_go_on}"
+                interruption.end()
+
+    def _settle(self, steps: int, job: Job) -> None:
+        """Wait for the device, and check the losses since the last time."""
+        for step, terms in self.means.settle().items():
+            self._check_finite(terms, f"step {step}", learning_rate(self.config, self.epoch, step / steps), job.last)
+
+    def fit(self, train: AugmentedBatches, val: Batches, job: Job, meta: Meta, keep_initial: bool = False) -> None:
+        """Train to the last epoch, and save before and after each evaluation.
 
         Args:
-            meta: goes into every checkpoint; says how to build a student.
+            meta: of the checkpoints.
             keep_initial: the students as they are before training may turn out the best.
 
         Raises:
             UserError: a loss is not finite; model_best.pt is as it was, last.pt only if it was a loss in training.
-            SystemExit: a signal asked for it.
+            SystemExit: after a signal.
         """
-        self._counted_at = time.perf_counter()
+        self._since = time.perf_counter() - self.seconds
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
@@ -196,133 +200,102 @@ class Trainer:
                 self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
-            self.saved_at = time.monotonic()
-            while self.epoch < self.num_epochs and not _interrupted():
+            self._saved_at = time.monotonic()
+            while self.epoch < self.config.num_epochs and not _interrupted():
                 epoch_started, images = time.perf_counter(), train.num_images - self.means.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
                 speed = images / (time.perf_counter() - epoch_started)
-                interruption.message = (
-                    f"epoch {self.epoch}/{self.num_epochs} is saved, not evaluated; {job.how_to_go_on}"
-                )
+                interruption.message = f"{self._title} is saved, not evaluated; {job.how_to_go_on}"
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
-                rate = self.schedule.rate(self.epoch)
+                rate = learning_rate(self.config, self.epoch)
                 self._check_finite(flatten(plain(self.scores)), "on the validation set", rate, job.best)
-
                 self._keep_best(job, meta)
                 job.add_metrics(self.epoch, rate, plain(train_scores), plain(self.scores))
                 self._save_last(job, meta)
-                eta = (time.perf_counter() - started) / (self.epoch - first) * (self.num_epochs - self.epoch)
+                left = (time.perf_counter() - started) / (self.epoch - first) * (self.config.num_epochs - self.epoch)
                 job.logger.info(
-                    f"epoch {self.epoch}/{self.num_epochs}: loss {train_scores.loss['total']:.4f}, "
+                    f"{self._title}: loss {train_scores.loss['total']:.4f}, "
                     f"validation {self.scores}, best {self.best.accuracy:.2f}; "
                     + (f"{speed:,.0f} images/s, " if images else "")  # a resumed run may have had its last step
-                    + f"{timedelta(seconds=round(eta))} left"
+                    + f"{timedelta(seconds=round(left))} left"
                 )
-            self._count_seconds()
-            if self.epoch == self.num_epochs:
+            self.seconds = time.perf_counter() - self._since
+            if self.epoch == self.config.num_epochs:
                 interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
 
-    def _evaluate(self, val: Batches) -> Scores:
-        """Scores on the validation set.
+    def _begin_epoch(self, train: AugmentedBatches) -> None:
+        """Go to the next epoch, or back into the one that a resumed run had begun."""
+        begun, self._begun = self._begun, None
+        self.epoch += 1
+        train.set_epoch(self.epoch, begun["position"] if begun else 0)
+        if begun:
+            set_random_state(begun["random"])
+        else:  # dropout draws the same numbers in a resumed run, and other ones in each process
+            torch.manual_seed(epoch_seed(self.config.seed, self.epoch) + distributed.rank() * 2**40)
 
-        Raises:
-            SystemExit: a signal asked for it.
-        """
-        scores = evaluate(self.learner, _until_interrupted(val))
+    def _evaluate(self, val: Batches) -> Scores:
+        scores = evaluate(self.learner, interruption.until_pending(val))
         if _interrupted():
             interruption.end()
         return scores
 
-    def _begin_epoch(self, train: AugmentedBatches) -> None:
-        """Go to the next epoch, or back into the one that a resumed run had begun."""
-        self.epoch += 1
-        begun, self._begun = self._begun, None
-        train.set_epoch(self.epoch, begun["position"] if begun else 0)
-        if begun:
-            set_random_state(begun["random"])
-        else:
-            # What dropout draws, a resumed run draws again, and each process for itself.
-            torch.manual_seed(epoch_seed(self.seed, self.epoch) + distributed.rank() * 2**40)
-
-    def resume(self, path: Path, meta: dict[str, Any], force: bool = False) -> None:
+    def resume(self, path: Path, meta: Meta, force: bool = False) -> None:
         """Go on from a training checkpoint, with the model_best.pt beside it.
 
         Args:
-            force: even from other images, and with another teacher or student to refine.
+            meta: of the run that goes on.
+            force: accept other images, another teacher, or another student to refine.
 
         Raises:
             UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
         """
-        content = checkpoint.load_checkpoint(path)
-        was, config = content["meta"], content["meta"]["config"]
-        if name := changed_flag(config, meta["config"]):
-            before, now = (as_typed(name, values.get(name)) for values in (config, meta["config"]))
-            raise UserError(f"{path} was trained {before}, not {now}: resume it {before}")
-        if not force:
-            inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)
-        if any(was[key] != meta[key] for key in ("classes", *(() if force else ("mean", "std")))):
-            raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
+        content = checkpoint.load_to_resume(path, meta, force)
         load_weights(self.learner, content["model"], str(path))
         checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
-        self.epoch = content["epoch"]
+        self.epoch, self.seconds = content["epoch"], content.get("seconds", 0.0)
         self.scores = Scores.from_plain(content["scores"]) if content["scores"] else None
         self.best = Best.from_plain(content["best"]) if content["best"] else None
-        self.seconds = content.get("seconds", 0.0)
-        if content.get("progress"):  # which checkpoints of older runs do not know
+        if content.get("progress"):  # checkpoints of older versions lack it
             self._begun = content["progress"]
             self.means.load_state_dict(self._begun, self.device)
-        begun = self.epoch + bool(self.means.steps)
-        if self.best:
-            path_of_best = path.with_name("model_best.pt")
-            best_epoch = checkpoint.load_checkpoint(path_of_best)["epoch"]
-            # A run that was killed between its two writes left the best of the epoch after: it comes again.
-            if best_epoch not in (self.best.epoch, self.epoch + 1):
-                raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
-            begun = max(begun, best_epoch)
-        if begun > self.num_epochs:
-            raise UserError(
-                f"{path} is of epoch {begun} already: give --num_epochs {begun} or more, or start over with --reset"
-            )
-        self.differences = _differences(content.get("environment", {}), self.environment)
-
-    @property
-    def reached(self) -> str:
-        """For a log line: "epoch 3 and 17 steps of the next"."""
         steps = f" and {self.means.steps} steps of the next" if self.means.steps else ""
-        return f"epoch {self.epoch}{steps}{self.differences}"
+        self.reached = f"epoch {self.epoch}{steps}{changes(content.get('environment', {}), self.environment)}"
 
     @property
     def best_student(self) -> nn.Module:
         return self.learner.students[self.best.student]
 
     def load_best(self, job: Job) -> None:
-        """Put the weights of the best epoch back into the learner."""
-        distributed.wait_for_all()  # one of them writes it
+        """Load the weights of the best epoch into the learner."""
+        distributed.wait_for_all()  # the first process writes the file
         content = checkpoint.load_checkpoint(job.best)
         load_weights(self.learner, content["model"], str(job.best))
         self.best = Best.from_plain(content["best"])
 
-    def _keep_best(self, job: Job, meta: dict[str, Any]) -> None:
+    @property
+    def _title(self) -> str:
+        return f"epoch {self.epoch}/{self.config.num_epochs}"
+
+    def _keep_best(self, job: Job, meta: Meta) -> None:
         best = Best.of(self.epoch, self.scores)
         if self.best is None or best.rank > self.best.rank:
             self.best = best
             if job.writes:
                 checkpoint.save(job.best, self._state(meta))
 
-    def _save_last(self, job: Job, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> None:
+    def _save_last(self, job: Job, meta: Meta, batches: AugmentedBatches | None = None) -> None:
         if job.writes:
-            checkpoint.save(job.last, self._state(meta, progress))
-        self.saved_at = time.monotonic()
+            checkpoint.save(job.last, self._state(meta, batches))
+        self._saved_at = time.monotonic()
 
-    def _count_seconds(self) -> None:
-        now = time.perf_counter()
-        self.seconds, self._counted_at = self.seconds + now - self._counted_at, now
-
-    def _state(self, meta: dict[str, Any], progress: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A training checkpoint; `progress` is of an epoch that is not done yet."""
-        self._count_seconds()
+    def _state(self, meta: Meta, batches: AugmentedBatches | None = None) -> dict[str, Any]:
+        """A training checkpoint; `batches` are those of the epoch in progress, if there is one."""
+        self.seconds = time.perf_counter() - self._since
+        progress = None
+        if batches is not None:  # their position is larger than the number of steps if some had no readable image
+            progress = {"position": batches.position, "random": random_state(self.device), **self.means.state_dict()}
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
@@ -349,21 +322,28 @@ class Trainer:
             )
 
 
+def learning_rate(config: Config, epoch: int, share: float = 1.0) -> float:
+    """Learning rate of an epoch (from 1), of whose steps a share is done, including the current one.
+
+    "step" divides it by 10 after each of lr_decay_step; "cosine" is half a cosine down to 0 (arXiv 1608.03983, without
+    restarts). Both rise linearly at first: ResNets this deep do not start to learn at the full rate (arXiv 1512.03385,
+    section 4.2), and with the distillation terms ResNet-56 students diverge without a warm-up.
+    """
+    if config.scheduler == "cosine":
+        rate = config.lr / 2 * (1 + math.cos(math.pi * (epoch - 1) / config.num_epochs))
+    else:
+        rate = config.lr * 0.1 ** sum(epoch > decay for decay in config.lr_decay_step)
+    return rate * (min(1.0, (epoch - 1 + share) / config.warmup_epochs) if config.warmup_epochs else 1.0)
+
+
+def online_rampup(config: Config, epoch: int, share: float = 1.0) -> float:
+    """Factor of the online term: exp(-5 (1 - t)^2), t from 0 to 1 over rampup_epochs (arXiv 1610.02242, section 2)."""
+    t = min(1.0, (epoch - 1 + share) / config.rampup_epochs) if config.rampup_epochs else 1.0
+    return math.exp(-5 * (1 - t) ** 2)
+
+
 def _interrupted() -> bool:
-    """Whether a signal has reached any process: all of them see it at the same point."""
+    """Whether a signal has reached any process; all processes learn of it at the same step."""
     if signal := distributed.largest(interruption.pending):
         interruption.pending = signal
     return bool(signal)
-
-
-def _until_interrupted(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
-        yield batch
-        if interruption.pending:
-            return
-
-
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> str:
-    """For a log line: what the results of a resumed run may differ by in their last bits."""
-    changed = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and was[name] != now[name]]
-    return f", with {', '.join(changed)}: results may differ in the last bits" if changed else ""

@@ -5,17 +5,19 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM)  # of people: Ctrl-C, kill
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of terminals, schedulers and limits
 SIGNALS = REQUESTS + WARNINGS
 ECHO = 0.2  # seconds in which the same signal once more is the same request: `timeout` sends every signal twice
+
+T = TypeVar("T")
 
 
 class Interruption:
@@ -64,6 +66,13 @@ class Interruption:
                 # A signal may come while Python's own buffers are in use.
                 os.write(2, line.encode(errors="surrogateescape"))
         sys.exit(128 + self.pending)
+
+    def until_pending(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, up to and including the first one during which a signal arrived."""
+        for item in items:
+            yield item
+            if self.pending:
+                return
 
     def ignore_first(self) -> None:
         """From here on the process is ending: a signal changes nothing, and a second one ends it at once."""

@@ -15,8 +15,7 @@ from data.sources import DataSet
 from model import build, variant_for
 from utils import checkpoint, distributed, export
 from utils.config import Config
-from utils.cores import cores
-from utils.device import describe, pick_device, pick_execution, pick_precision
+from utils.device import Execution, apply_execution, cores, describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.errors import UserError, exit_with, guard
 from utils.interruption import interruption
@@ -63,7 +62,7 @@ class Run:
     config: Config
     device: torch.device
     precision: str
-    execution: str
+    execution: Execution
     job: Job
     resumed: Path | None
     dataset: DataSet
@@ -130,6 +129,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     export.check_packages(config.export)
     device = distributed.start(pick_device(config.device))
     precision, execution = pick_precision(config.precision, device), pick_execution(config.compile, device)
+    apply_execution(execution)
     job = Job(config.job_dir, config.recorded())
     resumed = None if config.test_only else job.checkpoint_to_resume(config.resume, config.reset, inputs)
     workers = min(config.workers or 8, cores())
