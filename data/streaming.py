@@ -1,10 +1,12 @@
 """Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
 
 import atexit
-import multiprocessing
+import signal
 import weakref
 from collections import ChainMap
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children, resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,6 @@ from data.sources import DataSet, Preprocessing, Split
 from utils import distributed
 from utils.distributed import share
 from utils.errors import UserError
-from utils.interruption import out_of_reach
 
 
 def training_crop(size: int) -> v2.Transform:
@@ -141,8 +142,6 @@ class StreamedBatches:
             persistent_workers=training and workers > 0,
             generator=torch.Generator(),  # which it seeds workers from: the global one belongs to the networks
         )
-        self._iterator = None
-        atexit.register(_end_workers_of, weakref.ref(self))
 
     @property
     def batch_size(self) -> int:
@@ -185,8 +184,9 @@ class StreamedBatches:
         """The batches as `collate` makes them."""
         iterator = None
         try:
-            with out_of_reach():
-                iterator = self._iterator = iter(self.loader)
+            with _signals_blocked():
+                iterator = iter(self.loader)
+            _iterators.add(iterator)
             yield from iterator
         except OSError as error:  # a worker's is a text, whose last line is its error
             _end_workers(iterator)  # the garbage collector may finalize their queues first, and they would never end
@@ -209,22 +209,38 @@ def stream(
     return train, val, test
 
 
-def _end_workers_of(reference: weakref.ref) -> None:
-    """In good time: the signal by which multiprocessing would end them when this process ends is out of their reach."""
-    if (batches := reference()) is not None:
-        _end_workers(batches._iterator)
+_iterators = weakref.WeakSet()  # of DataLoaders
+_workers = weakref.WeakSet()  # their processes
 
 
-def _end_workers(iterator: Iterator | None) -> None:
-    if hasattr(iterator, "_shutdown_workers"):  # it has some
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Workers that are started within do not get the signals that this process handles in Python.
+
+    A terminal or a job scheduler signals all processes of a group. The workers would end with a traceback before this
+    process is ready to end.
+    """
+    handled = {number for number in signal.valid_signals() if callable(signal.getsignal(number))}
+    before, others = signal.pthread_sigmask(signal.SIG_BLOCK, handled), set(active_children())
+    try:
+        resource_tracker.ensure_running()  # multiprocessing would start it, and thereby unblock SIGINT and SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        yield
+    finally:
+        _workers.update(set(active_children()) - others)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the workers of a DataLoader's iterator, if it has any."""
+    if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
 
 @atexit.register
-def _kill_workers() -> None:
-    """Kill workers that are still alive at exit: of a loader that was garbage, or could not start all of its workers.
-
-    multiprocessing would send them SIGTERM, which they block, and wait for them forever.
-    """
-    for worker in multiprocessing.active_children():
+def _end_all_workers() -> None:
+    """Before multiprocessing sends SIGTERM, which workers may block, to those that are left, and waits for them."""
+    for iterator in list(_iterators):
+        _end_workers(iterator)
+    for worker in list(_workers):  # they are stuck, or not all of an iterator's workers could be started
         worker.kill()

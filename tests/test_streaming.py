@@ -3,7 +3,10 @@
 import errno
 import multiprocessing
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,7 +307,6 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
 FEW_FILES = """
 import errno, sys
 from multiprocessing import Process
-from data import streaming
 from tests.test_streaming import streamed
 from utils.setup import run_script
 
@@ -314,7 +316,7 @@ def start(process, started=[], start=Process.start):
     started.append(process)
     start(process)
 
-Process.start, streaming.cores = start, lambda: 2
+Process.start = start
 run_script(lambda: list(streamed(sys.argv[1:], workers=2)))
 """
 
@@ -326,6 +328,47 @@ def test_a_run_that_cannot_start_all_of_its_workers_ends(tmp_path):
     result = run_process(tmp_path / "script.py", *stream_tree(tmp_path / "set"), PYTHONPATH=str(ROOT))
     assert result.returncode == 2
     assert result.stderr.startswith("error: reading images fails: [Errno 24] Too many open files")
+
+
+ENDING = """
+import sys, time
+from multiprocessing import active_children
+from torch.utils.data import _utils
+from tests.test_streaming import streamed
+from utils.interruption import interruption
+
+interruption.catch()
+_utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds to wait for a worker
+end, *paths = sys.argv[1:]
+training, evaluation = streamed(paths, workers=1), streamed(paths, training=False, workers=1)
+iterators = [iter(training), evaluation._loaded(), evaluation._loaded()]
+for iterator in iterators:
+    next(iterator)
+
+stuck = streamed(paths, training=False, workers=1)
+stuck.loader.dataset.transform, stuck.loader.timeout = lambda image: time.sleep(1000), 0.1
+try:
+    next(stuck._loaded())
+except RuntimeError as error:
+    kept = error  # with its traceback, and thus the iterator
+
+del training, evaluation
+print(*(process.pid for process in active_children()), flush=True)
+exec(end)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["sys.exit(3)", "raise ValueError"])
+def test_no_worker_outlives_its_process_or_keeps_it_from_ending(tmp_path, end):
+    """Of iterators that are open, also twice at once, or whose worker is stuck; all of them have SIGTERM blocked."""
+    paths = stream_tree(tmp_path / "set")
+    command = [sys.executable, "-W", "ignore", "-c", ENDING, end, *map(str, paths)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == (3 if "exit" in end else 1), result.stderr
+    workers = result.stdout.split()
+    assert len(workers) == 4, result.stderr
+    assert not [worker for worker in workers if Path("/proc", worker).exists()]
 
 
 class Tiny(nn.Module):

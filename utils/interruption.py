@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -88,21 +87,6 @@ class Interruption:
             self._deferred = False
         if self.pending:
             self.end()
-
-
-@contextmanager
-def out_of_reach() -> Iterator[None]:
-    """No signal of a terminal or a job scheduler reaches the processes that are started within.
-
-    They get what the whole process group gets, and would die with a traceback before this process is done with them.
-    """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # multiprocessing would start it, and thereby unblock SIGINT and SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 interruption = Interruption()
