@@ -240,7 +240,9 @@ def _end_workers(iterator: Any) -> None:
 @atexit.register
 def _end_all_workers() -> None:
     """Before multiprocessing sends SIGTERM, which workers may block, to those that are left, and waits for them."""
-    for iterator in list(_iterators):
-        _end_workers(iterator)
-    for worker in list(_workers):  # they are stuck, or not all of an iterator's workers could be started
-        worker.kill()
+    try:
+        for iterator in list(_iterators):
+            _end_workers(iterator)
+    finally:  # some are stuck, or their iterator is garbage, or could not start all of its workers
+        for worker in list(_workers):
+            worker.kill()

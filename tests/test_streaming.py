@@ -364,7 +364,7 @@ def test_no_worker_outlives_its_process_or_keeps_it_from_ending(tmp_path, end):
     """Of iterators that are open, also twice at once, or whose worker is stuck; all of them have SIGTERM blocked."""
     paths = stream_tree(tmp_path / "set")
     command = [sys.executable, "-W", "ignore", "-c", ENDING, end, *map(str, paths)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == (3 if "exit" in end else 1), result.stderr
     workers = result.stdout.split()
     assert len(workers) == 4, result.stderr
