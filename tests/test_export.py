@@ -236,7 +236,7 @@ def test_agreement_is_of_pixels_as_they_were_and_finds_what_differs():
     assert not alone.holds
     none = export.compare(lambda images: same(images) * np.float32("nan"), Mean(), META, batches(META))
     assert not none.holds
-    deployment = export.Deployment([], b"", none, [])
+    deployment = export.Deployment(onnx=b"", agreement=none)
     assert deployment.notes() == []
     assert "before relying on it" in deployment.doubts()[0]
     assert json.dumps(deployment.as_json(), allow_nan=False)

@@ -1,7 +1,7 @@
-"""Networks to deploy: files that need neither this project nor, as ONNX, PyTorch.
+"""Export to files that need neither this project nor, as ONNX, PyTorch.
 
-Whatever the format, the network takes images (B, 3, H, W), float32 in 0 .. 1, in batches of any size, normalizes them,
-and gives logits (B, K). It consists of standard operators, with BatchNorm folded into the convolutions before it.
+In every format the network takes images (B, 3, H, W), float32 in 0 .. 1, for any B, normalizes them and returns logits
+(B, K). It consists of standard operators, with BatchNorm folded into the convolutions before it.
 """
 
 import copy
@@ -14,6 +14,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +33,21 @@ from utils.job import deployed
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of the logits
-# Channels of a group from which on a group convolution is fast in ONNX Runtime: with fewer, a wider one is faster.
-WIDE_GROUP = 16
-# What the metadata of an ONNX file says: strings as they are, everything else as JSON.
+WIDE_GROUP = 16  # channels of a group below which ONNX Runtime is faster with merged, wider groups
+# Metadata of an ONNX file: strings as they are, everything else as JSON.
 METADATA = (
-    "classes", "accuracy", "input_size", "preprocessing", "mean", "std", "model", "conv", "groups", "pruned_num"
-)  # fmt: skip
+    *("classes", "accuracy", "input_size", "preprocessing", "mean", "std"),
+    *("model", "conv", "groups", "pruned_num"),
+)
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "torch_fn")
 
 
 class Agreement(NamedTuple):
-    """How ONNX Runtime's answers for `images` images compare with PyTorch's.
+    """How the logits of ONNX Runtime compare with PyTorch's on `images` test images.
 
-    differing: images for which it finds another class; difference: the largest of the logits, NaN if some are none.
+    differing: images with another predicted class; difference: largest absolute one of the logits, NaN if not finite.
     """
 
     images: int
@@ -58,22 +59,30 @@ class Agreement(NamedTuple):
         return self.differing == 0 and self.difference <= TOLERANCE
 
     def __str__(self) -> str:
-        found = "the class that PyTorch finds for each"
-        if self.differing:
-            found = f"another class than PyTorch for {self.differing:,}"
+        found = f"another class than PyTorch for {self.differing:,}"
+        if not self.differing:
+            found = "the class that PyTorch finds for each"
         return (
             f"ONNX Runtime finds {found} of {self.images:,} test images, and logits that differ by at most "
             f"{self.difference:.1e}"
         )
 
+    def as_json(self) -> dict[str, Any]:
+        return self._asdict() | {"difference": None if math.isnan(self.difference) else self.difference}
 
-class Deployment(NamedTuple):
-    """What `write` wrote: the files, the content of the ONNX file and how it agrees, and what it failed to write."""
 
-    files: list[Path]
-    onnx: bytes | None
-    agreement: Agreement | None
-    failures: list[str]
+@dataclass
+class Deployment:
+    """The files that `write` wrote, and what failed, one line each.
+
+    Attributes:
+        onnx: content of the ONNX file.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    onnx: bytes | None = None
+    agreement: Agreement | None = None
 
     def lines(self) -> list[str]:
         """For the log."""
@@ -81,29 +90,25 @@ class Deployment(NamedTuple):
         return [*files, *self.notes(), *self.doubts()]
 
     def notes(self) -> list[str]:
-        """What a report says of an ONNX file that is as it should be."""
+        """For the report, on an ONNX file that agrees."""
         return [f"{self.agreement}."] if self.agreement and self.agreement.holds else []
 
     def doubts(self) -> list[str]:
+        """For the report, on what failed and an ONNX file that does not agree."""
         failed = [f"Failed: {failure}." for failure in self.failures]
         if self.agreement and not self.agreement.holds:
             failed.append(f"Look into the ONNX file before relying on it: {self.agreement}.")
         return failed
 
     def as_json(self) -> dict[str, Any]:
-        files = [path.name for path in self.files]
-        agreement = self.agreement and self.agreement._asdict()
-        if agreement and math.isnan(agreement["difference"]):
-            agreement["difference"] = None
-        return {"files": files, "agreement": agreement, "failures": self.failures}
+        agreement = self.agreement and self.agreement.as_json()
+        return {"files": [path.name for path in self.files], "agreement": agreement, "failures": self.failures}
 
 
 def check_packages(formats: Sequence[str]) -> None:
     """Raise a UserError unless the packages that these formats need are installed."""
-    if "onnx" not in formats:
-        return
     try:
-        for package in ONNX_PACKAGES:
+        for package in ONNX_PACKAGES if "onnx" in formats else ():
             importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"--export onnx needs packages: pip install {' '.join(ONNX_PACKAGES)} ({error})") from error
@@ -112,19 +117,19 @@ def check_packages(formats: Sequence[str]) -> None:
 def write(
     exported: Path, network: nn.Module, meta: dict[str, Any], formats: Sequence[str], test: Batches
 ) -> Deployment:
-    """Write a network in each of the formats, beside its file `exported`; compare the one in ONNX with it.
+    """Write a network in each format beside its file `exported`, and compare its ONNX file with it on `test`.
 
-    Whatever goes wrong is told in `failures`, one line each.
+    Nothing is raised: failures are part of the result.
 
     Args:
-        meta: the network's, as `checkpoint.load_student` gives it.
-        test: the images to compare on.
+        meta: the network's, as `checkpoint.load_student` returns it.
     """
-    written = Deployment([], None, None, [])
+    written = Deployment()
     try:
         graph = fold(network, meta) if formats else None
     except Exception as error:  # the network may be anybody's
-        return written._replace(failures=[f"not exported as {', '.join(formats)}: {first_line(error)}"])
+        written.failures.append(f"not exported as {', '.join(formats)}: {first_line(error)}")
+        return written
     for form in formats:
         path = deployed(exported, form)
         try:
@@ -136,19 +141,19 @@ def write(
             continue
         written.files.append(path)
         if form == "onnx":
-            written = written._replace(onnx=content)
+            written.onnx = content
             try:
-                written = written._replace(agreement=compare(session(content), network, meta, test))
+                written.agreement = compare(session(content), network, meta, test)
             except Exception as error:
                 written.failures.append(f"{path.name} does not run: {first_line(error)}")
     return written
 
 
 def fold(network: nn.Module, meta: dict[str, Any]) -> fx.GraphModule:
-    """The network to deploy as a graph of aten's operators, on the CPU, for batches of images in any number.
+    """The network to deploy as a graph of aten operators on the CPU, for any batch size.
 
     Args:
-        meta: of which it takes `input_size` (C, H, W), `mean` and `std`.
+        meta: `input_size` (C, H, W), `mean` and `std` are used.
 
     Raises:
         Exception: torch.export cannot make a graph of it.
@@ -161,7 +166,7 @@ def fold(network: nn.Module, meta: dict[str, Any]) -> fx.GraphModule:
 
 
 def to_onnx(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
-    """An ONNX file, with METADATA, whose input is called `images` and whose output `logits`.
+    """Content of an ONNX file with METADATA; its input is `images`, its output `logits`.
 
     Raises:
         Exception: PyTorch cannot translate this graph.
@@ -173,20 +178,20 @@ def to_onnx(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
         model = torch.onnx.export(_to_program(graph, meta), dynamo=True, verbose=False, **names).model_proto
     parts = model.graph
     for part in (model, parts, *parts.node, *parts.initializer, *parts.input, *parts.output):
-        del part.metadata_props[:]  # PyTorch's notes on where in the source code each of them comes from
+        del part.metadata_props[:]  # PyTorch's notes on the source code of each
     del parts.value_info[:]
     for value in (*parts.input, *parts.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     parts.input[0].doc_string = "RGB in 0 .. 1: the graph itself normalizes, by the metadata's mean and std"
-    said = {key: meta[key] for key in METADATA if key in meta}
-    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-    onnx.helper.set_model_props(model, said)
+    stated = {key: meta[key] for key in METADATA if key in meta}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
+    onnx.helper.set_model_props(model, texts)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
 def to_torchscript(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
-    """A file for torch.jit.load. Raises an Exception if PyTorch cannot translate this graph."""
+    """Content of a file for torch.jit.load; raises an Exception if PyTorch cannot translate this graph."""
     buffer = io.BytesIO()
     with _quiet(), torch.no_grad():
         traced = torch.jit.trace(graph, _example(meta), check_trace=False)
@@ -195,7 +200,7 @@ def to_torchscript(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
 
 
 def to_pt2(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
-    """A file for torch.export.load. Raises an Exception if PyTorch cannot translate this graph."""
+    """Content of a file for torch.export.load; raises an Exception if PyTorch cannot translate this graph."""
     buffer = io.BytesIO()
     with _quiet():
         torch.export.save(_to_program(graph, meta), buffer)
@@ -206,7 +211,7 @@ WRITERS = dict(zip(FORMATS, (to_onnx, to_torchscript, to_pt2), strict=True))
 
 
 def standard_onnx(network: nn.Module, meta: dict[str, Any]) -> bytes | None:
-    """The ONNX file of a network to compare with; None if PyTorch cannot export it."""
+    """ONNX file of a network to compare with; None if PyTorch cannot export it."""
     try:
         return to_onnx(fold(network, meta), meta)
     except Exception:  # it may be anybody's, and the student may have been split where it could not be traced
@@ -214,13 +219,13 @@ def standard_onnx(network: nn.Module, meta: dict[str, Any]) -> bytes | None:
 
 
 def session(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """An ONNX file as a function, images -> logits, that ONNX Runtime computes on as many CPU threads as PyTorch."""
+    """An ONNX file as a function, images -> logits, run by ONNX Runtime in as many CPU threads as PyTorch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # between its runs the cores are others'
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # leaves the cores free between runs
     inference = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: inference.run(["logits"], {"images": images})[0]
 
@@ -232,9 +237,9 @@ def runtime_version() -> str:
 def compare(
     run: Callable[[np.ndarray], np.ndarray], network: nn.Module, meta: dict[str, Any], test: Batches
 ) -> Agreement:
-    """How the answers of `run` to the images of `test`, and to one image alone, compare with the network's.
+    """Compare the logits of `run` with the network's on the images of `test`; the first one also as a batch of one.
 
-    `run` gets the pixels as they were before normalization; the network computes in float32 on the CPU.
+    `run` gets the pixels before normalization; the network runs in float32 on the CPU.
     """
     network = copy.deepcopy(network).cpu().eval()
     mean, std = _statistics(meta)
@@ -253,7 +258,7 @@ def compare(
 
 
 class _Deployable(nn.Module):
-    """A copy of a network that takes pixels in 0 .. 1, with the convolutions that runtimes compute best."""
+    """Copy of a network that takes pixels in 0 .. 1, with cheap convolutions in the form that runtimes run fastest."""
 
     def __init__(self, network: nn.Module, meta: dict[str, Any]):
         super().__init__()
@@ -274,35 +279,29 @@ class _Deployable(nn.Module):
 
 
 def _fold_norms(graph: fx.GraphModule) -> None:
-    """Fold every BatchNorm over the output of a convolution, which nothing else takes, into that convolution."""
-    folded = 0
-    for norm in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
-        conv, (weight, bias, mean, var), training, eps = norm.args[0], norm.args[1:5], norm.args[5], norm.args[7]
+    """Fold every BatchNorm into the convolution before it, unless something else uses that convolution's output."""
+    norms = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
+    for i, norm in enumerate(norms):
+        conv, (scale, shift, mean, var), training, eps = norm.args[0], norm.args[1:5], norm.args[5], norm.args[7]
         if conv.target not in _CONVOLUTIONS or len(conv.users) > 1 or training:
             continue
-        images, kernel, offset, *window = (*conv.args, None)[:3] + conv.args[3:]
-        stored = (kernel, offset, mean, var, weight, bias)
-        if any(node is not None and node.op != "get_attr" for node in stored):  # computed by the network itself
+        images, weight, bias, *window = (*conv.args, None)[:3] + conv.args[3:]
+        nodes = (weight, bias, mean, var, scale, shift)
+        if any(node is not None and node.op != "get_attr" for node in nodes):  # computed by the network itself
             continue
-        kernel, offset, mean, var, weight, bias = (_stored(graph, node) for node in stored)
-        fused = fuse_conv_bn_weights(kernel, offset, mean, var, eps, weight, bias)
-        new = []
-        for value, kind in zip(fused, ("weight", "bias"), strict=True):
-            name = f"folded_{folded}_{kind}"
-            graph.register_buffer(name, value.detach())
-            with graph.graph.inserting_before(conv):
-                new.append(graph.graph.get_attr(name))
-        conv.args = (images, *new, *window)
+        weight, bias, mean, var, scale, shift = (
+            None if node is None else operator.attrgetter(node.target)(graph) for node in nodes
+        )
+        folded = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift)
+        for kind, value in zip(("weight", "bias"), folded, strict=True):
+            graph.register_buffer(f"folded_{i}_{kind}", value.detach())
+        with graph.graph.inserting_before(conv):
+            conv.args = (images, *(graph.graph.get_attr(f"folded_{i}_{kind}") for kind in ("weight", "bias")), *window)
         norm.replace_all_uses_with(conv)
         graph.graph.erase_node(norm)
-        folded += 1
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
-
-
-def _stored(graph: fx.GraphModule, node: fx.Node | None) -> Tensor | None:
-    return None if node is None else operator.attrgetter(node.target)(graph)
 
 
 def _to_program(module: nn.Module, meta: dict[str, Any]) -> ExportedProgram:
@@ -315,7 +314,7 @@ def _to_program(module: nn.Module, meta: dict[str, Any]) -> ExportedProgram:
 
 
 def _example(meta: dict[str, Any]) -> Tensor:
-    return torch.zeros(2, *meta["input_size"])  # 1 would be taken for a constant
+    return torch.zeros(2, *meta["input_size"])  # a batch size of 1 would become a constant
 
 
 def _statistics(meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -324,7 +323,7 @@ def _statistics(meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what PyTorch says while it exports from the terminal: what matters of it is in its errors."""
+    """Silence PyTorch's messages while it exports: its errors contain what matters."""
     before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.CRITICAL)
     try:
