@@ -17,27 +17,29 @@ if __name__ == "__main__":
     CONFIG = options.parse("finetune")  # before the imports below, which take seconds: --help and typos answer at once
 
 import copy
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from model import check_teacher
 from model.online import Students
-from utils import checkpoint, export, inputs, report
+from utils import checkpoint, export, report
+from utils.checkpoint import Inputs, Meta
 from utils.config import Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
+from utils.files import to_plain
 from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
 from utils.tables import Row, read_row, standard_name
+from utils.teacher import check_unseen
 
 
 def main(config: Config) -> None:
-    student, source = (checkpoint.load_student if config.pruned else checkpoint.best_student)(
-        config.refine, config.arch
-    )
-    if "ensemble" in source and not config.test_only:
+    load = checkpoint.load_network if config.pruned else checkpoint.best_student
+    student, source = load(config.refine, config.arch)
+    if source.ensemble and not config.test_only:
         raise UserError(
             f"{config.refine} is an online teacher, which can be evaluated and exported: give --test_only, too"
         )
@@ -48,9 +50,9 @@ def main(config: Config) -> None:
     before = copy.deepcopy(student).to(run.device)
     if config.test_only:
         print(f"{config.refine}: {accuracy(before, run.loaders.test)} on the test set")
-        export_alone(run, before, source | run.dataset.meta)
+        export_alone(run, before, replace(source, **run.dataset.meta))
         return
-    inputs.check_unseen(source, run.dataset, config, config.refine)
+    check_unseen(source, run.dataset, config, config.refine)
     trainer = run.trainer(Students([student]))
     meta = describe_run(run, source, before)
     run.train(trainer, meta, [f"refining {config.refine}"], keep_initial=True)
@@ -59,23 +61,24 @@ def main(config: Config) -> None:
     run.end()
 
 
-def describe_run(run: Run, source: dict[str, Any], before: nn.Module) -> dict[str, Any]:
+def describe_run(run: Run, source: Meta, before: nn.Module) -> Meta:
     """The metadata of this run's checkpoints and of the student that it exports.
 
     Args:
         source: metadata of the file with the student `before`.
     """
-    kept = {key: value for key, value in source.items() if key != "accuracy"}  # the refined student gets its own
-    return kept | {
+    return replace(
+        source,
         **run.dataset.meta,
-        "config": run.config.recorded(),
-        "history": [*source.get("history", []), source["config"]],
-        "start": f"from {run.config.refine}",
-        "inputs": inputs.describe(run.dataset, run.config.data_dir, teacher=run.teacher, refined=before),
-    }
+        config=run.config.recorded(),
+        history=[*(source.history or []), source.config],
+        start=f"from {run.config.refine}",
+        inputs=Inputs.of(run.dataset, run.config.data_dir, run.teacher, before),
+        accuracy=None,  # the refined student gets its own
+    )
 
 
-def export_alone(run: Run, student: nn.Module, meta: dict[str, Any]) -> None:
+def export_alone(run: Run, student: nn.Module, meta: Meta) -> None:
     """Write the student to the job_dir in the formats of --export, if there are any.
 
     Raises:
@@ -85,20 +88,20 @@ def export_alone(run: Run, student: nn.Module, meta: dict[str, Any]) -> None:
     if not (run.config.export and job.writes):
         return
     job.make_folder()
-    exported = job.export_teacher if "ensemble" in meta else job.export
-    deployment = export.write(exported, student, meta, run.config.export, run.loaders.test)
+    exported = job.export_teacher if meta.ensemble else job.export
+    deployment = export.write(exported, student, to_plain(meta), run.config.export, run.loaders.test)
     for line in deployment.lines():
         print(line)
     if deployment.failures:
         raise UserError("; ".join(deployment.failures))
 
 
-def results(run: Run, trainer: Trainer, before: nn.Module, source: dict[str, Any]) -> Results:
+def results(run: Run, trainer: Trainer, before: nn.Module, source: Meta) -> Results:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     config, size, splits = run.config, run.dataset.input_size, (run.loaders.val, run.loaders.test)
-    now, then, known = config.recorded(), source["config"], {}
+    now, then, known = config.recorded(), source.config, {}
     if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size")):
-        known = {row.role: row for row in map(read_row, source.get("networks", []))}
+        known = {row.role: row for row in map(read_row, source.networks or [])}
     standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
     found = [None, None]
     if run.teacher:

@@ -27,7 +27,8 @@ from model import architecture_of, build, check_architecture, check_teacher, var
 from model.conv import count_cheap
 from model.online import Students
 from model.weights import load_weights
-from utils import checkpoint, inputs, report
+from utils import checkpoint, report
+from utils.checkpoint import Inputs, Meta
 from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
@@ -102,23 +103,21 @@ def learner_of(config: Config, networks: Sequence[nn.Module], dataset: DataSet) 
     return METHODS[config.method].learner(config, networks, len(dataset.classes))
 
 
-def describe_run(
-    config: Config, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str
-) -> dict[str, Any]:
+def describe_run(config: Config, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str) -> Meta:
     """The metadata of this run's checkpoints and of the network that it exports."""
     recorded = config.recorded()
-    return {
-        "arch": recorded["arch"],
-        "model": config.trained_model,
-        "conv": config.conv,
-        "groups": config.groups,
-        "pruned_num": config.pruned_num,
-        "build": learner.students[0].variant,
-        "start": start,
+    return Meta(
+        arch=recorded["arch"],
+        model=config.trained_model,
+        conv=config.conv,
+        groups=config.groups,
+        pruned_num=config.pruned_num,
+        build=learner.students[0].variant,
+        start=start,
         **dataset.meta,
-        "inputs": inputs.describe(dataset, config.data_dir, teacher=teacher),
-        "config": recorded,
-    }
+        inputs=Inputs.of(dataset, config.data_dir, teacher),
+        config=recorded,
+    )
 
 
 def results(run: Run, trainer: Trainer) -> Results:
@@ -154,12 +153,11 @@ def print_test(config: Config) -> None:
         run, learner = prepare(with_networks(options.settle_main(config)), []), None
     else:
         content = checkpoint.load_checkpoint(path)
-        meta = checkpoint.with_code(path, content["meta"], config.arch)
-        config = options.for_test(config, meta["config"] | {"arch": meta["arch"]}, path)
+        meta = checkpoint.with_code(path, content.meta, config.arch)
+        config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
         run = prepare(config, [], trained=(path, meta))
-        content |= {"meta": meta}
         learner = learner_of(config, checkpoint.all_students(path, content, config.arch), run.dataset)
-        load_weights(learner, content["model"], str(path))
+        load_weights(learner, content.model, str(path))
         learner = learner.to(run.device, memory_format=torch.channels_last)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:

@@ -2,14 +2,17 @@
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.images import SkippedImages
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,20 @@ class DataSet:
             return Preprocessing(resize=(round(height * 256 / 224), round(width * 256 / 224)), crop=(height, width))
         return Preprocessing(resize=(height - 2 * self.border, width - 2 * self.border), crop=(height, width))
 
+    def normalized_as(
+        self, mean: Sequence[float], std: Sequence[float], classes: Sequence[str], source: Path
+    ) -> "DataSet":
+        """The data set with the normalization of the network in `source`, which knows these classes.
+
+        Raises:
+            UserError: the data set has other classes.
+        """
+        if difference := first_difference(classes, self.classes):
+            raise UserError(
+                f"{source} knows other classes than {self.name} has ({difference}): give the data it was trained on"
+            )
+        return replace(self, mean=tuple(mean), std=tuple(std))
+
     def fingerprints(self, data_dir: Path | None) -> dict[str, dict[str, Any]]:
         """The fingerprint of each split, by its name."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
@@ -175,6 +192,15 @@ def digits() -> DataSet:
     mean, std = channel_statistics(images[train].images)
     classes = [str(digit) for digit in range(10)]
     return DataSet("digits", classes, images[train], images[test], mean, std, padding=1, flip=False)
+
+
+def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
+    """For messages: the first index at which the classes of a network and those of the data differ."""
+    for i, (a, b) in enumerate(zip_longest(known, given)):
+        if a != b:
+            names = ("none" if name is None else f"'{name}'" for name in (a, b))
+            return "class {} is {} there and {} in the data".format(i, *names)
+    return None
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

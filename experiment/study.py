@@ -220,7 +220,7 @@ class Runner:
         if run.seed == 0 and "diverged" not in record:
             (exported,) = self.job_dir(run).glob("*.pt")
             content = checkpoint.load(exported)
-            content["meta"]["config"] |= dict.fromkeys(PATHS)
+            content.meta.config.update(dict.fromkeys(PATHS))
             self.exported(run).parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(self.exported(run), content)
         if run.name not in {known["run"] for known in read_records(self.out, run.study)}:
@@ -279,10 +279,10 @@ def check(out: Path, study: str, data_dir: Path | None) -> bool:
     apply_execution(pick_execution("auto", device))
     dataset, differ = None, []
     for path in paths:
-        network, meta = checkpoint.load_student(path)
-        config = meta["config"]
+        network, meta = checkpoint.load_network(path)
+        config = meta.config
         dataset = dataset or data.load(config["dataset"], data_dir, config["val_size"], cores())
-        test = checkpoint.as_trained(dataset, meta, path)
+        test = dataset.normalized_as(meta.mean, meta.std, meta.classes, path)
         batches = Batches(test.test, config["eval_batch_size"], test.mean, test.std, device)
         found = f"{accuracy(network.to(device), batches).top1:.2f}"
         expected = recorded.get(path.stem, "none")

@@ -1,12 +1,15 @@
 """State dicts into networks. A state dict that does not match is refused, with the first keys that do not fit."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import is_state_dict
 
 
 def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:
@@ -36,6 +39,35 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     own = network.state_dict()
     check_match(own, weights, source)
     network.load_state_dict({**own, **weights})  # a plain dictionary, without the file's version numbers of modules
+
+
+def load_momentum(optimizer: torch.optim.SGD, state_dict: dict[str, Any], source: str) -> None:
+    """Load SGD's momentum buffers from its state dict; the hyperparameters stay those of `optimizer`.
+
+    Raises:
+        UserError: they are of other parameters, or malformed.
+    """
+    states = state_dict.get("state")
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise UserError(f"{source}: momentum is malformed")
+    buffers = {str(i): state.get("momentum_buffer") for i, state in states.items()}
+    buffers = {i: buffer for i, buffer in buffers.items() if buffer is not None}
+    if buffers and not is_state_dict(buffers):
+        raise UserError(f"{source}: momentum is malformed")
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    check_match({str(i): own[i] for i in range(len(own)) if str(i) in buffers}, buffers, f"{source}: momentum")
+    if buffers:  # zeros for parameters that have had no gradient so far
+        states = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of the names, shapes and values of a network's state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

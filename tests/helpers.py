@@ -22,7 +22,6 @@ import finetune
 import main
 from model import fused
 from utils import cost, options
-from utils.checkpoint import load_checkpoint
 from utils.config import completed
 from utils.errors import log_to
 from utils.interruption import Interruption, interruption
@@ -125,6 +124,11 @@ def report_of(job):
     return json.loads((job / "report.json").read_text())
 
 
+def content_of(path):
+    """The plain content of a file of weights."""
+    return torch.load(path, weights_only=True)
+
+
 def meta(model="resnet_20_sparse", num_students=1, **changes):
     """What a file of weights says of its network, as main.py writes it."""
     network = {"arch": "resnet", "model": model, "num_classes": 10, "conv": "group", "groups": 8, "pruned_num": 5}
@@ -153,7 +157,7 @@ def tensorboard_scalars(folder):
 def assert_same_run(a, b):
     """Two jobs ended alike to the bit: weights, optimizer, metrics, exported network and tensorboard."""
     for name in ("last.pt", "model_best.pt"):
-        first, second = (load_checkpoint(job / "checkpoint" / name) for job in (a, b))
+        first, second = (content_of(job / "checkpoint" / name) for job in (a, b))
         assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
         momenta = [[state["momentum_buffer"] for state in c["optimizer"]["state"].values()] for c in (first, second)]
         assert all(torch.equal(p, q) for p, q in zip(*momenta, strict=True))

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import model
-from tests.helpers import meta
+from tests.helpers import content_of, meta
 from utils import checkpoint
-from utils.contents import CHECKPOINT
+from utils.checkpoint import ExportedNetwork, Meta
+from utils.files import from_plain, to_plain
 from utils.teacher import find_file, load_teacher
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def exported(path, seed=0, **changes):
     torch.manual_seed(seed)
     description = meta(**changes)
     network = model.build(description["model"], 10, conv="group", groups=8, pruned_num=description["pruned_num"])
-    checkpoint.export(path, network, description)
+    checkpoint.export(path, network, from_plain(Meta, description))
     return network.eval()
 
 
@@ -39,7 +40,7 @@ def test_exported_student_comes_back_as_it_was(tmp_path):
     torch.manual_seed(0)
     network = randomize(model.build("resnet_20_sparse", 7, conv="group", groups=8, pruned_num=5))
     description = meta(num_classes=7, classes=list("abcdefg"), mean=[0.1, 0.2, 0.3], accuracy={"test": 12.5})
-    checkpoint.export(tmp_path / "student.pt", network, description)
+    checkpoint.export(tmp_path / "student.pt", network, from_plain(Meta, description))
     restored, restored_meta = checkpoint.load_student(str(tmp_path / "student.pt"))
     assert restored_meta == description
     assert not restored.training
@@ -59,7 +60,7 @@ def training_checkpoint(path, accuracies=(50.0, 70.0, 60.0)):
     students = [model.build("resnet_20_sparse", 10, conv="group", groups=8, pruned_num=5) for _ in accuracies]
     learner = model.online.OnlineTeacher(students, 10)
     content = {
-        "kind": CHECKPOINT,
+        "kind": "training checkpoint",
         "epoch": 3,
         "model": learner.state_dict(),
         "optimizer": torch.optim.SGD(learner.parameters()).state_dict(),
@@ -67,7 +68,7 @@ def training_checkpoint(path, accuracies=(50.0, 70.0, 60.0)):
         "best": {"epoch": 3, "student": accuracies.index(max(accuracies)), "accuracy": max(accuracies), "loss": 1.0},
         "meta": meta(num_students=len(accuracies)),
     }
-    checkpoint.save(path, content)
+    torch.save(content, path)
     return learner.eval()
 
 
@@ -76,7 +77,7 @@ def test_best_student_is_taken_out_of_a_training_checkpoint(tmp_path):
     student, description = checkpoint.best_student(tmp_path / "last.pt")
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(student(x), learner.students[1](x))
-    assert description == meta(num_students=3)
+    assert to_plain(description) == meta(num_students=3)
 
 
 class Payload:
@@ -143,9 +144,9 @@ def test_the_two_kinds_of_file_are_told_apart(tmp_path):
 
 
 def change(path, edit):
-    content = checkpoint.load(path)
+    content = content_of(path)
     edit(content)
-    checkpoint.save(path, content)
+    torch.save(content, path)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     exported(tmp_path / "student.pt")
     before = (tmp_path / "student.pt").read_bytes()
     with pytest.raises(AttributeError):  # what pickle says of a local function
-        checkpoint.save(tmp_path / "student.pt", {"tensor": torch.zeros(1000), "unsavable": lambda: None})
+        checkpoint.save(tmp_path / "student.pt", ExportedNetwork({"fc.weight": lambda: None}, from_plain(Meta, meta())))
     assert (tmp_path / "student.pt").read_bytes() == before
     assert os.listdir(tmp_path) == ["student.pt"]
 
@@ -303,7 +304,7 @@ def test_teachers_of_other_architectures_load_under_their_own_names(tmp_path, mo
     monkeypatch.setitem(model._BUILDERS, "tiny", Tiny)
     network = model.build("tiny")
     if wrap == "exported":
-        checkpoint.export(tmp_path / "tiny.pt", network, meta("tiny", arch="tiny"))
+        checkpoint.export(tmp_path / "tiny.pt", network, from_plain(Meta, meta("tiny", arch="tiny")))
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "tiny.pt")
     x = torch.randn(2, 3, 8, 8)

@@ -13,7 +13,6 @@ from data.folder import folder
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split, channel_statistics, stratified_split
 from tests.helpers import make_tree
-from utils import inputs
 
 CPU = torch.device("cpu")
 
@@ -287,13 +286,13 @@ def test_last_batch_is_kept_unless_it_is_a_single_image(count, batch_size, sizes
 
 def test_images_in_memory_are_known_by_their_pixels_and_targets():
     dataset = data.load("digits", None, 0.1)
-    known = inputs.describe(dataset, None)
-    assert inputs.describe(data.load("digits", None, 0.1), None) == known
+    known = dataset.fingerprints(None)
+    assert data.load("digits", None, 0.1).fingerprints(None) == known
     pixels, targets = dataset.val.images.copy(), dataset.val.targets.copy()
     pixels[3, 2, 2, 0] ^= 1
     targets[3] ^= 1
     for changed in (Split(pixels, dataset.val.targets), Split(dataset.val.images, targets)):
-        now = inputs.describe(replace(dataset, val=changed), None)
+        now = replace(dataset, val=changed).fingerprints(None)
         assert {name for name in known if now[name] != known[name]} == {"val"}
 
 
@@ -301,7 +300,7 @@ def test_streamed_images_are_known_by_their_paths_wherever_the_folder_is(tmp_pat
     make_tree(tmp_path / "set")
 
     def known(folder):
-        return inputs.describe(data.load("folder", folder, 0.5, image_size=32), folder)
+        return data.load("folder", folder, 0.5, image_size=32).fingerprints(folder)
 
     before = known(tmp_path / "set")
     (tmp_path / "set").rename(tmp_path / "moved")

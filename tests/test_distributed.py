@@ -26,8 +26,9 @@ from tests.processes import in_processes
 from utils import distributed, options
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.files import to_plain
 from utils.interruption import resume_command
-from utils.metrics import evaluate, plain
+from utils.metrics import evaluate
 
 
 def normalize(norm, x):
@@ -160,7 +161,7 @@ def read_damaged(root):
     learner = Students([nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))])
     scores = evaluate(learner, loaders.test, confusion_of=0)
     dataset.skipped.share()
-    known = {"scores": plain(replace(scores, confusion=None)), "confusion": scores.confusion.tolist()}
+    known = {"scores": to_plain(replace(scores, confusion=None)), "confusion": scores.confusion.tolist()}
     return known | {"sizes": sizes, "damaged": set(dataset.skipped.reasons)}
 
 

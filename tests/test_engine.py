@@ -16,18 +16,19 @@ import model
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split
 from model.online import OnlineTeacher, Students
-from tests.helpers import meta
+from tests.helpers import content_of, meta
 from utils import options
-from utils.checkpoint import best_student, load_checkpoint
+from utils.checkpoint import Inputs, Meta, best_student
 from utils.config import completed
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.files import from_plain, to_plain
 from utils.job import Job, wall_times
 from utils.losses import online_distillation
-from utils.metrics import evaluate, plain
+from utils.metrics import evaluate
 
 CPU = torch.device("cpu")
-META = meta(num_students=2, num_classes=4, classes=list("abcd"))
+META = from_plain(Meta, meta(num_students=2, num_classes=4, classes=list("abcd")))
 
 
 def arguments(*flags):
@@ -210,10 +211,10 @@ def test_best_epoch_is_the_one_exported(job):
     ranked = [(max(zip(e["accuracy"]["students"], [-x for x in e["loss"]["students"]], strict=True))) for e in epochs]
     best = ranked.index(max(ranked))
     assert trainer.best.epoch == best + 1
-    assert load_checkpoint(job.best)["epoch"] == best + 1
-    assert load_checkpoint(job.last)["epoch"] == 6
+    assert content_of(job.best)["epoch"] == best + 1
+    assert content_of(job.last)["epoch"] == 6
     trainer.load_best(job)
-    assert plain(evaluate(trainer.learner, val)) == epochs[best]
+    assert to_plain(evaluate(trainer.learner, val)) == epochs[best]
 
 
 class Forgetful(torch.nn.Module):
@@ -229,7 +230,7 @@ class Forgetful(torch.nn.Module):
 
 def test_dropout_draws_the_same_after_a_resume(job):
     args = arguments("--num_epochs", 3, "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9)
-    meta = META | {"config": args.recorded()}
+    meta = replace(META, config=args.recorded())
 
     def trainer():
         torch.manual_seed(0)
@@ -250,7 +251,7 @@ def test_run_goes_on_exactly_from_any_step(job):
     """A run is saved after every step, and gone on with from each of those states."""
     flags = ("--num_epochs", 2, "--num_students", 1, "--lambda", 0, "--print_freq", 4)
     args = arguments(*flags, "--save_every_minutes", 1e-9)
-    meta = META | {"config": args.recorded()}
+    meta = replace(META, config=args.recorded())
 
     def trainer():
         torch.manual_seed(0)
@@ -269,7 +270,7 @@ def test_run_goes_on_exactly_from_any_step(job):
     metrics = [json.loads(line) for line in job.metrics.read_text().splitlines()]
     positions = []
     for path in filter(Path.exists, states):
-        content = load_checkpoint(path)
+        content = content_of(path)
         positions.append((content["epoch"], content["progress"]["position"] if content["progress"] else 0))
         resumed = trainer()
         resumed.resume(path, meta)
@@ -288,8 +289,8 @@ def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
     args = arguments("--num_students", 1, "--lambda", 0, "--save_every_minutes", 1e-9)
     trainer = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
     trainer.epoch = 1
-    trainer.train_one_epoch(loaders()[0], job, META | {"config": args.recorded()})
-    assert load_checkpoint(job.last)["progress"]["position"] == 6
+    trainer.train_one_epoch(loaders()[0], job, replace(META, config=args.recorded()))
+    assert content_of(job.last)["progress"]["position"] == 6
     with pytest.raises(UserError, match="is of a run's first epoch"):
         best_student(job.last)
 
@@ -313,14 +314,14 @@ def test_resume_refuses_what_would_be_another_run(job, flags, message):
     args, changed = arguments(*base), arguments(*base, *flags)
     first = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
     first.config = replace(args, num_epochs=1)
-    first.fit(*loaders(), job, META | {"config": args.recorded()})
+    first.fit(*loaders(), job, replace(META, config=args.recorded()))
     with pytest.raises(UserError, match=message):
         Trainer(Students([Forgetful()]), None, changed, CPU, "fp32").resume(
-            job.last, META | {"config": changed.recorded()}
+            job.last, replace(META, config=changed.recorded())
         )
     with pytest.raises(UserError, match="other data"):
         Trainer(Students([Forgetful()]), None, args, CPU, "fp32").resume(
-            job.last, META | {"config": args.recorded(), "classes": ["another"]}
+            job.last, replace(META, config=args.recorded(), classes=["another"])
         )
 
 
@@ -329,9 +330,11 @@ def test_length_of_a_cosine_schedule_is_fixed(job):
         arguments("--scheduler", "cosine", "--num_epochs", n, "--num_students", 1, "--lambda", 0) for n in (1, 2)
     )
     first = Trainer(Students([Forgetful()]), None, short, CPU, "fp32")
-    first.fit(*loaders(), job, META | {"config": short.recorded()})
+    first.fit(*loaders(), job, replace(META, config=short.recorded()))
     with pytest.raises(UserError, match="with --num_epochs 1, not with --num_epochs 2"):
-        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(job.last, META | {"config": long.recorded()})
+        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(
+            job.last, replace(META, config=long.recorded())
+        )
 
 
 NEWER_FLAGS = {
@@ -344,12 +347,12 @@ def of_forgetful(*flags):
     """A trainer of one student, and the metadata of its run; it has no online teacher."""
     args = arguments("--teacher_model", "resnet_20", "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9, *flags)
     torch.manual_seed(0)
-    return Trainer(Students([Forgetful()]), None, args, CPU, "fp32"), META | {"config": args.recorded()}
+    return Trainer(Students([Forgetful()]), None, args, CPU, "fp32"), replace(META, config=args.recorded())
 
 
 def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
     trainer, meta = of_forgetful("--num_epochs", 1, "--warmup_epochs", 0)
-    old = meta | {"config": {name: value for name, value in meta["config"].items() if name not in NEWER_FLAGS}}
+    old = replace(meta, config={name: value for name, value in meta.config.items() if name not in NEWER_FLAGS})
     trainer.fit(*loaders(), job, old)
     resumed, meta = of_forgetful("--num_epochs", 2, "--warmup_epochs", 0)
     resumed.resume(job.last, meta)
@@ -403,11 +406,12 @@ def test_fewer_epochs_than_were_trained_are_refused(job):
 def test_resume_from_other_data_or_networks_is_refused_unless_forced(job, name, other, message):
     trainer, meta = of_forgetful("--num_epochs", 1)
     images = {"count": 22, "sha256": "a"}
-    meta |= {"inputs": {"train": images, "val": images, "test": images, "teacher": "a", "refined": "a"}}
+    inputs = {"train": images, "val": images, "test": images, "teacher": "a", "refined": "a"}
+    meta = replace(meta, inputs=from_plain(Inputs, inputs))
     trainer.fit(*loaders(), job, meta)
     resumed, _ = of_forgetful()
     resumed.resume(job.last, meta)
-    changed = meta | {"inputs": meta["inputs"] | {name: other}}
+    changed = replace(meta, inputs=from_plain(Inputs, inputs | {name: other}))
     with pytest.raises(UserError, match=message):
         resumed.resume(job.last, changed)
     resumed.resume(job.last, changed, force=True)
@@ -462,7 +466,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
     with pytest.raises(UserError, match=r"epoch 2, step 3: .*ce_students nan.*learning rate 0\.1") as error:
         trainer.fit(train, val, job, META)
     assert str(job.last) in str(error.value)
-    kept = load_checkpoint(job.last)
+    kept = content_of(job.last)
     assert kept["epoch"] == 1
     assert all(value.isfinite().all() for value in kept["model"].values())
     assert len(job.metrics.read_text().splitlines()) == 1

@@ -24,9 +24,9 @@ from data.loader import Batches
 from data.sources import Preprocessing, Split
 from model import build, fused
 from model.conv import Shift2d
-from tests.helpers import ROOT, fail, report_of, run_process, succeed
+from tests.helpers import ROOT, content_of, fail, report_of, run_process, succeed
 from tests.helpers import meta as network_meta
-from utils import checkpoint, export, options
+from utils import export, options
 from utils.checkpoint import load_student
 from utils.errors import UserError
 from utils.job import Job
@@ -290,9 +290,9 @@ def test_main_does_not_export_what_it_only_tests(tmp_path):
 def exported(runs, tmp_path_factory):
     """The folder with a student in all formats, from a file of an older version, and what was printed."""
     folder = tmp_path_factory.mktemp("exported") / "new" / "job"
-    content = checkpoint.load(runs.student_file)
+    content = content_of(runs.student_file)
     del content["meta"]["preprocessing"]
-    checkpoint.save(folder.parents[1] / "older.pt", content)
+    torch.save(content, folder.parents[1] / "older.pt")
     flags = ("--refine", folder.parents[1] / "older.pt", "--pruned", "--test_only")
     flags += ("--export", "onnx", "torchscript", "pt2")
     return folder, succeed("finetune.py", *flags, "--job_dir", folder)

@@ -3,15 +3,17 @@
 import copy
 import random
 import resource
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import model
+from tests.helpers import content_of
 from tests.test_checkpoint import exported, training_checkpoint
 from utils import checkpoint, options
-from utils.checkpoint import best_student, load_student
+from utils.checkpoint import best_student, load_network, load_student
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.metrics import Best, ByNetwork, Scores
@@ -142,7 +144,7 @@ def put(content, path, value):
 @pytest.mark.parametrize(("name", "count"), {"student.pt": 400, "teacher.pt": 100, "last.pt": 300}.items())
 def test_forged_files_are_refused_or_load_with_their_own_weights(files, tmp_path, name, count):
     """A file that is whole, but says something else somewhere; mostly in what describes the network."""
-    generator, original = random.Random(name), checkpoint.load(files / name)
+    generator, original = random.Random(name), content_of(files / name)
     everywhere = list(places(original))
     telling = [path for path in everywhere if path[0] not in ("state_dict", "model")]
     path = tmp_path / "forged.pt"
@@ -194,7 +196,7 @@ def test_tensors_that_would_not_fit_the_memory_are_refused(files, tmp_path, name
     [("timm", "vit_giant_patch14_224", {}), ("vgg", "vgg_16_bn", {"classifier": "mlp", "hidden": 10**6})],
 )
 def test_a_small_file_cannot_ask_for_a_huge_network(files, tmp_path, arch, name, build):
-    content = checkpoint.load(files / "teacher.pt")
+    content = content_of(files / "teacher.pt")
     content["meta"] |= {"arch": arch, "model": name, "build": build}
     torch.save(content, tmp_path / "forged.pt")
     with pytest.raises(UserError, match="does not match"):
@@ -253,7 +255,8 @@ def resumable(tmp_path_factory):
     started.train_step(torch.randn(4, 3, 2, 2), torch.arange(4))
     started.scores = Scores(accuracy=ByNetwork([10.0], 9.0), loss=ByNetwork([2.0]))
     exported(folder / "student.pt")
-    meta = load_student(folder / "student.pt")[1] | {"config": options.parse("main", FLAGS).recorded()}
+    _, meta = load_network(folder / "student.pt")
+    meta = replace(meta, config=options.parse("main", FLAGS).recorded())
     for name in ("last.pt", "model_best.pt"):
         checkpoint.save(folder / name, started._state(meta))
     return folder, meta
@@ -267,10 +270,10 @@ def step(resumed):
 def test_forged_checkpoints_are_refused_or_resumed(resumable, tmp_path):
     """A run that goes on can take a step, knows its best student and its epoch, and has finite numbers only."""
     folder, meta = resumable
-    generator, original = random.Random(0), checkpoint.load(folder / "last.pt")
+    generator, original = random.Random(0), content_of(folder / "last.pt")
     everywhere = list(places(original))
     for name in ("last.pt", "model_best.pt"):
-        checkpoint.save(tmp_path / name, original)
+        torch.save(original, tmp_path / name)
     accepted = 0
     for i in range(500):
         name = ("last.pt", "model_best.pt")[i % 5 == 0]
@@ -284,7 +287,7 @@ def test_forged_checkpoints_are_refused_or_resumed(resumable, tmp_path):
         except UserError:
             continue
         finally:
-            checkpoint.save(tmp_path / name, original)
+            torch.save(original, tmp_path / name)
         accepted += 1
         assert np.isfinite(step(resumed))
         assert resumed.best_student is resumed.learner.students[0]
@@ -303,10 +306,10 @@ def test_forged_checkpoints_are_refused_or_resumed(resumable, tmp_path):
 )
 def test_momentum_of_another_network_is_refused(resumable, tmp_path, buffer, message):
     folder, meta = resumable
-    content = checkpoint.load(folder / "last.pt")
+    content = content_of(folder / "last.pt")
     content["optimizer"]["state"][0]["momentum_buffer"] = buffer
     for name in ("last.pt", "model_best.pt"):
-        checkpoint.save(tmp_path / name, content)
+        torch.save(content, tmp_path / name)
     with pytest.raises(UserError, match=message):
         trainer().resume(tmp_path / "last.pt", meta)
 
@@ -315,7 +318,7 @@ def test_resumed_momentum_is_what_it_was(resumable):
     folder, meta = resumable
     resumed = trainer()
     resumed.resume(folder / "last.pt", meta)
-    saved = checkpoint.load(folder / "last.pt")["optimizer"]["state"]
+    saved = content_of(folder / "last.pt")["optimizer"]["state"]
     assert len(saved) == len(list(resumed.learner.parameters()))
     for i, parameter in enumerate(resumed.learner.parameters()):
         assert torch.equal(resumed.optimizer.state[parameter]["momentum_buffer"], saved[i]["momentum_buffer"])

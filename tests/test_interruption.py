@@ -18,8 +18,7 @@ import torch
 
 import data
 from data.streaming import Shuffled
-from tests.helpers import ROOT, assert_same_run, fail, make_tree, succeed
-from utils.checkpoint import load_checkpoint
+from tests.helpers import ROOT, assert_same_run, content_of, fail, make_tree, succeed
 from utils.errors import UserError
 from utils.files import FRESH, Lock
 from utils.interruption import resume_command
@@ -90,7 +89,7 @@ def test_run_that_is_killed_again_and_again_ends_as_one_that_never_was(whole, tm
         process.kill()
         process.communicate()
         if last.exists():
-            content = load_checkpoint(last)
+            content = content_of(last)
             positions.append((content["epoch"], content["progress"]["position"] if content["progress"] else 0))
     assert positions == sorted(positions)
     assert len(set(positions)) > 3  # it did go on, and from within epochs
@@ -119,7 +118,7 @@ def test_interrupted_run_goes_on_with_the_command_that_it_prints(whole, tmp_path
     line = one_line(stderr)
     assert line.startswith(f"interrupted by {number.name}: epoch 2/2, step ")
     assert not (job / "lock").exists()
-    saved = load_checkpoint(job / "checkpoint" / "last.pt")
+    saved = content_of(job / "checkpoint" / "last.pt")
     assert saved["epoch"] == 1
     assert f"step {saved['progress']['position']}/41 is saved" in line
     assert 5 <= saved["progress"]["position"] < 41
@@ -145,7 +144,7 @@ def test_signal_during_an_evaluation_loses_nothing(tmp_path):
             time.sleep(0.01)
         returncode, stderr = run.end(number)
         assert returncode == code, stderr
-        saved = load_checkpoint(last)
+        saved = content_of(last)
         assert (saved["epoch"], saved["progress"]["sizes"].tolist(), saved["scores"]) == (0, [32, 32], None)
         assert not (job / "checkpoint" / "model_best.pt").exists()
         assert "resuming after epoch 0 and 2 steps" in succeed("main.py", *flags, "--resume", "--job_dir", job)
@@ -163,7 +162,7 @@ def test_finetune_killed_before_its_first_epoch_was_done_can_be_resumed(runs, tm
         assert run.process.poll() is None, run.process.stderr.read()
         time.sleep(0.01)
     run.end(signal.SIGKILL)
-    assert load_checkpoint(last)["epoch"] == 0
+    assert content_of(last)["epoch"] == 0
     succeed("finetune.py", *runs.refine_flags, "--resume", "--job_dir", job)
     assert_same_run(runs.refined, job)
 
@@ -179,7 +178,7 @@ def test_command_to_go_on_after_a_run_resumed_from_a_file(whole, tmp_path):
     words = shlex.split(one_line(stderr).split("continue with: ")[1])
     assert words[-1] == "--resume"
     assert str(source) not in words
-    last = load_checkpoint(job / "checkpoint" / "last.pt")
+    last = content_of(job / "checkpoint" / "last.pt")
     assert (last["epoch"], bool(last["progress"])) >= (2, False)
     assert (job / "metrics.jsonl").read_text().startswith((whole / "metrics.jsonl").read_text())
 
@@ -224,10 +223,10 @@ def test_interrupted_streaming_run_and_its_workers_end_quietly_and_can_be_resume
     returncode, stderr = run.end(signal.SIGUSR1)  # a scheduler's warning changes nothing
     assert returncode == 130, stderr
     one_line(stderr)
-    progress = load_checkpoint(tmp_path / "job" / "checkpoint" / "last.pt")["progress"]
+    progress = content_of(tmp_path / "job" / "checkpoint" / "last.pt")["progress"]
     assert progress["position"] == len(progress["sizes"]) + 1
     succeed("main.py", *flags, "--resume", "--job_dir", tmp_path / "job")
-    weights = [load_checkpoint(tmp_path / job / "checkpoint" / "last.pt")["model"] for job in ("whole", "job")]
+    weights = [content_of(tmp_path / job / "checkpoint" / "last.pt")["model"] for job in ("whole", "job")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "job" / "metrics.jsonl").read_text()
 

@@ -5,8 +5,9 @@ import torch
 
 import finetune
 import main
+from tests.helpers import content_of
 from tests.test_checkpoint import Payload, training_checkpoint, write_malicious, write_pickle
-from utils import checkpoint, options
+from utils import options
 from utils.errors import UserError
 
 DIGITS = ("--dataset", "digits", "--teacher_model", "resnet_20")
@@ -51,9 +52,9 @@ def test_python_files_that_only_a_checkpoint_names_do_not_run(tmp_path):
     """Neither when a student is loaded nor when a training checkpoint is evaluated."""
     (tmp_path / "net.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     training_checkpoint(tmp_path / "last.pt")
-    content = checkpoint.load(tmp_path / "last.pt")
+    content = content_of(tmp_path / "last.pt")
     content["meta"] |= {"arch": str(tmp_path / "net.py"), "model": "net_sparse"}
-    checkpoint.save(tmp_path / "last.pt", content)
+    torch.save(content, tmp_path / "last.pt")
     with pytest.raises(UserError, match="needs the code that built its network: give --arch"):
         main.main(options.parse("main", ["--test_only", "--resume", str(tmp_path / "last.pt")]))
     assert not (tmp_path / "ran").exists()

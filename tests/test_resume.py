@@ -5,8 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import assert_same_run, fail, succeed, tensorboard_scalars
-from utils.checkpoint import load_checkpoint
+from tests.helpers import assert_same_run, content_of, fail, succeed, tensorboard_scalars
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +55,7 @@ def test_resume_without_a_checkpoint_starts_anew(runs, tmp_path):
 
 def test_resume_refuses_a_best_epoch_that_is_of_another_run(runs, tmp_path):
     shutil.copytree(runs.students, tmp_path / "job")
-    content = load_checkpoint(tmp_path / "job" / "checkpoint" / "model_best.pt")
+    content = content_of(tmp_path / "job" / "checkpoint" / "model_best.pt")
     content["epoch"] = 9
     torch.save(content, tmp_path / "job" / "checkpoint" / "model_best.pt")
     error = fail("main.py", *runs.student_flags, "--resume", "--job_dir", tmp_path / "job")

@@ -9,9 +9,9 @@ from PIL import Image
 
 import data
 import main
-from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed, tensorboard_scalars
+from tests.helpers import ROOT, content_of, fail, make_tree, report_of, run_process, succeed, tensorboard_scalars
 from utils import options
-from utils.checkpoint import load_checkpoint, load_student
+from utils.checkpoint import load_student
 from utils.cost import count
 from utils.errors import UserError
 
@@ -124,7 +124,7 @@ def test_exported_student_describes_itself(runs):
 
 
 def test_exported_student_is_the_best_of_the_best_epoch(runs):
-    content = load_checkpoint(runs.students / "checkpoint" / "model_best.pt")
+    content = content_of(runs.students / "checkpoint" / "model_best.pt")
     accuracies = [
         max(json.loads(line)["val"]["accuracy"]["students"])
         for line in (runs.students / "metrics.jsonl").read_text().splitlines()

@@ -12,8 +12,10 @@ from data.loader import Batches
 from data.sources import Split
 from model import external
 from tests.helpers import fail, meta, succeed
-from utils import checkpoint, inputs, options
+from utils import checkpoint, options
+from utils.checkpoint import Meta
 from utils.errors import UserError
+from utils.files import from_plain
 from utils.normalization import NORMALIZATIONS
 from utils.teacher import check_accuracy, load_teacher, pretrained_teacher
 
@@ -73,7 +75,7 @@ def test_teacher_norm_overrules_what_is_known(tmp_path):
 def test_exported_teacher_says_how_it_was_trained(tmp_path):
     network = model.build("resnet_20").eval()
     description = meta("resnet_20", mean=[0.1] * 3, std=[0.5] * 3)
-    checkpoint.export(tmp_path / "resnet_20.pt", network, description)
+    checkpoint.export(tmp_path / "resnet_20.pt", network, from_plain(Meta, description))
     teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)
     pixels = torch.rand(2, 3, 16, 16)
     expected = network(normalized(pixels, (description["mean"], description["std"])))
@@ -176,7 +178,7 @@ def of_digits(path, **changes):
     torch.manual_seed(0)
     network, dataset = model.build("resnet_20").eval(), data.load("digits", None, 0.1)
     about = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std}
-    checkpoint.export(path, network, meta("resnet_20", **about | changes))
+    checkpoint.export(path, network, from_plain(Meta, meta("resnet_20", **about | changes)))
     flags = ["--dataset", "digits", "--teacher_model", "resnet_20", "--teacher_dir", str(path)]
     return network, dataset, flags
 
@@ -224,7 +226,7 @@ def test_a_teacher_that_was_trained_on_the_validation_images_is_refused(tmp_path
 def test_the_same_validation_images_may_be_asked_for_in_another_way(tmp_path):
     """As a number rather than a share; a folder's own val/ does not depend on --val_size at all."""
     dataset = data.load("digits", None, 144)
-    described = inputs.describe(data.load("digits", None, 0.1), None)
+    described = data.load("digits", None, 0.1).fingerprints(None)
     _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described)
     load([*flags, "--val_size", "144"], dataset)
 

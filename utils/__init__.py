@@ -10,7 +10,7 @@ GROUND_FLOOR = ("errors", "files", "distributed", "normalization", "losses")
 UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
     *("engine", "metrics", "device", "interruption"),  # training
-    *("checkpoint", "contents", "inputs", "teacher", "job"),  # files
+    *("checkpoint", "teacher", "job"),  # files
     *("report", "tables", "export", "cost"),  # results
 )
 

@@ -1,8 +1,9 @@
-"""Files of weights: training checkpoints, exported networks, and reading either without running any code in it.
+"""Files of weights: training checkpoints and exported networks, read without running any code in them.
 
-A training checkpoint holds everything to go on from: all students, the online teacher, the optimizer, the best so far.
-An exported network is one network alone. Both carry the same `meta`, which says how to build the network and what it
-was trained on, so that a file needs nothing beside it. Plain dictionaries of tensors, numbers and strings.
+A training checkpoint holds everything that a run needs to continue: all students, the online teacher, the optimizer,
+the best epoch so far. An exported network is a single network. Both carry a `Meta`, which says how to build the network
+and what it was trained on, so that a file needs nothing beside it. On disk, the classes below are plain dictionaries of
+tensors, numbers and strings.
 """
 
 import argparse
@@ -10,9 +11,7 @@ import io
 import mmap
 import warnings
 import zipfile
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +22,241 @@ from data.sources import DataSet
 from model import build, check_architecture
 from model.external import is_file
 from model.online import Ensemble
-from model.weights import build_with, check_match
-from utils import inputs
+from model.weights import build_with, fingerprint
+from utils import normalization
 from utils.config import as_typed, changed_flag, completed
-from utils.contents import CHECKPOINT, NETWORK, find_fault, kind_of
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import Malformed, atomic_write, from_plain, is_plain, to_plain
 from utils.methods import METHODS
 from utils.metrics import Best, Scores
 
+# What readers take from a recorded configuration: of any network, and of a training checkpoint.
+CONFIG = {"dataset": str, "data_dir": str | None, "image_size": int | None, "train_size": float | None}
+CONFIG |= {"val_size": float, "teacher_model": str}
+TRAINING_CONFIG = {"student_model": str | None, "num_students": int, "lambda": float, "pretrain": bool, "method": str}
+TRAINING_CONFIG |= {"teacher_norm": str | None}
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that `load` reads, in one piece or not at all."""
+
+@dataclass(frozen=True)
+class Images:
+    """Fingerprint of the images of a split."""
+
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Fingerprints of what a run computes from. None: not used, or not recorded by an older version."""
+
+    train: Images | None = None
+    val: Images | None = None
+    test: Images | None = None
+    teacher: str | None = None
+    refined: str | None = None
+
+    @classmethod
+    def of(
+        cls, dataset: DataSet, data_dir: Path | None, teacher: nn.Module | None, refined: nn.Module | None = None
+    ) -> "Inputs":
+        images = {name: Images(**split) for name, split in dataset.fingerprints(data_dir).items()}
+        return cls(**images, teacher=teacher and fingerprint(teacher), refined=refined and fingerprint(refined))
+
+    def check_same(self, now: "Inputs", source: Path) -> None:
+        """Raise a UserError if the run of the checkpoint `source` had other inputs than the run that resumes it."""
+        titles = {"train": "training images", "val": "validation images", "test": "test images"}
+        titles |= {"teacher": "weights of the pretrained teacher", "refined": "weights of the student to refine"}
+        for name, title in titles.items():
+            was, given = getattr(self, name), getattr(now, name)
+            if was and given and was != given:
+                counts = f" ({was.count:,}, now {given.count:,})" if isinstance(was, Images) else ""
+                raise UserError(
+                    f"{source} was trained with other {title}{counts}: give the same, or go on with --force"
+                )
+
+
+@dataclass(frozen=True)
+class EnsembleMeta:
+    """How to build an exported online teacher: the method, and the number of its students."""
+
+    method: str
+    num_students: int
+
+
+@dataclass(frozen=True)
+class Meta:
+    """How to build a network and what it was trained on.
+
+    Attributes:
+        arch, model, conv, groups, pruned_num, num_classes: arguments of `model.build`; `build` has further ones.
+        classes: names, in the order of the logits.
+        input_size: (C, H, W).
+        mean, std: normalization of each channel of pixels in 0 .. 1.
+        config: the recorded configuration of the run.
+        preprocessing: `data.sources.Preprocessing` from file to pixels; older files lack it.
+        start: for people, the weights from which training started.
+        accuracy: top-1 in % of an exported network, by split.
+        networks: accuracy and cost of every network of the run.
+        history: configurations of the runs before, for a refined student.
+        ensemble: for an online teacher that was exported as one network.
+    """
+
+    arch: str
+    model: str
+    conv: str | None
+    groups: int | None
+    pruned_num: int
+    num_classes: int
+    classes: list[str]
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    config: dict[str, Any]
+    build: dict[str, Any] | None = None
+    start: str | None = None
+    preprocessing: dict[str, Any] | None = None
+    inputs: Inputs | None = None
+    accuracy: dict[str, Any] | None = None
+    networks: list[dict[str, Any]] | None = None
+    history: list[dict[str, Any]] | None = None
+    ensemble: EnsembleMeta | None = None
+
+    def fault(self) -> str | None:
+        if len(self.classes) != self.num_classes:
+            return "num_classes"
+        if not normalization.is_plausible(self.mean, self.std):
+            return "mean or std"
+        return _config_fault(self.config, CONFIG)
+
+
+@dataclass(frozen=True)
+class ExportedNetwork:
+    state_dict: dict[str, Tensor]
+    meta: Meta
+    kind: str = "exported network"
+
+    def fault(self) -> str | None:
+        students = {key.split(".")[2] for key in self.state_dict if key.startswith("learner.students.")}
+        if self.meta.ensemble and len(students) != self.meta.ensemble.num_students:
+            return "meta.ensemble"
+        return None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The steps so far of an epoch that was interrupted.
+
+    Attributes:
+        position: batches that were taken from the loader.
+        random: states of the random generators, by device type.
+        names, losses, sizes, correct: state of `metrics.EpochMeans`.
+    """
+
+    position: int
+    random: dict[str, Tensor]
+    names: list[str]
+    losses: Tensor
+    sizes: Tensor
+    correct: Tensor
+
+    def fault(self) -> str | None:
+        if "cpu" not in self.random:
+            return "random"
+        return None if (self.losses.dim(), self.sizes.dim(), self.correct.dim()) == (2, 1, 1) else "losses"
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A run after `epoch` epochs; `scores` are of the last one on the validation set, None before the first."""
+
+    epoch: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scores: Scores | None
+    best: Best | None
+    meta: Meta
+    progress: Progress | None
+    seconds: float | None = None
+    environment: dict[str, Any] | None = None
+    kind: str = "training checkpoint"
+
+    def fault(self) -> str | None:
+        students = len({key.split(".")[1] for key in self.model if key.startswith("students.")})
+        for name in ("accuracy", "loss", "top5"):
+            values = self.scores and getattr(self.scores, name)
+            if values and len(values.students) != students:
+                return f"scores.{name}"
+        if self.best and self.best.student >= students:
+            return "best.student"
+        if not is_plain(self.environment):
+            return "environment"
+        config = self.meta.config
+        if fault := _config_fault(config, TRAINING_CONFIG):
+            return f"meta.{fault}"
+        return None if config["num_students"] == students else "meta.config.num_students"
+
+    def student(self, index: int) -> dict[str, Tensor]:
+        """State dict of a student."""
+        prefix = f"students.{index}."
+        return {key.removeprefix(prefix): value for key, value in self.model.items() if key.startswith(prefix)}
+
+
+def _config_fault(config: dict[str, Any], types: dict[str, Any]) -> str | None:
+    try:
+        for name, kind in types.items():
+            from_plain(kind, config.get(name, Malformed), f"config.{name}")  # no value has the type of Malformed
+    except Malformed as error:
+        return str(error)
+    return None if config["method"] in METHODS else "config.method"
+
+
+def save(path: Path, record: Any) -> None:
+    """Write a `TrainingCheckpoint` or an `ExportedNetwork`, completely or not at all."""
     with atomic_write(path) as file:
-        file.write(_packed(content))
+        file.write(_packed(record))
 
 
 def load(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU. Tensors and plain containers only: no code in it is run.
+    """Load a file of torch.save on the CPU: tensors and plain containers only, no code in it is run.
+
+    Returns:
+        A `TrainingCheckpoint`, an `ExportedNetwork`, or the content of any other file.
 
     Raises:
-        UserError: no such file, one that is damaged or that torch.load does not read safely, or a file of this program
-            without all that belongs in it.
+        UserError: the file does not exist, is damaged, cannot be loaded safely, or is of this program and incomplete.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
-        _check_file(path)
-        # A Namespace, the flags that training scripts keep beside the weights, is as harmless as a dictionary.
+        _check_archive(path)
+        # argparse.Namespace: training scripts save their flags beside the weights, and it is as harmless as a dict.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about odd pickles: what matters of them is in the error
+            warnings.simplefilter("ignore")  # on unusual pickles; they load or raise an error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
         raise UserError(
             f"{path} cannot be read as a checkpoint: it is damaged, cut off, no checkpoint, or holds more than weights"
         ) from error
-    if kind_of(content) and (fault := find_fault(content)):
-        raise UserError(f"{path} is no whole {kind_of(content)}: {fault} is missing or malformed")
-    if kind_of(content):
-        content["meta"]["config"] = completed(content["meta"]["config"])
-    return content
+    kind = content.get("kind") if isinstance(content, dict) else None
+    record = next((record for record in (TrainingCheckpoint, ExportedNetwork) if kind == record.kind), None)
+    if record is None:
+        return content
+    try:
+        meta = content.get("meta")
+        if not is_plain(meta):
+            raise Malformed("meta")
+        if isinstance(meta, dict) and isinstance(meta.get("config"), dict):
+            content["meta"] = meta | {"config": completed(meta["config"])}
+        return from_plain(record, {"progress": None} | content)  # older checkpoints lack it
+    except Malformed as error:
+        raise UserError(f"{path} is no whole {record.kind}: {error} is missing or malformed") from error
 
 
-def _check_file(path: Path) -> None:
-    """What torch.load leaves out: the checksums of an archive, how much it unpacks to, and bytearrays of any length.
+def _check_archive(path: Path) -> None:
+    """Check what torch.load does not: an archive's checksums and unpacked size, and bytearrays of any length.
 
     Raises:
-        Exception: it is damaged, or made to exhaust the memory.
+        Exception: the file is damaged, or made to exhaust the memory.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(b"bytearray") >= 0:
@@ -80,74 +267,77 @@ def _check_file(path: Path) -> None:
                 raise ValueError("another archive than torch.save writes, or a damaged one")
 
 
-def export(path: Path, network: nn.Module, meta: dict[str, Any]) -> None:
+def export(path: Path, network: nn.Module, meta: Meta) -> None:
     """Write one network, self-describing, in float32; `load_student` reads it."""
     save(path, _exported(network, meta))
 
 
-def exported_size(network: nn.Module, meta: dict[str, Any]) -> int:
-    """Bytes of the file that `export` would write."""
+def exported_size(network: nn.Module, meta: Meta) -> int:
+    """Size in bytes of the file that `export` would write."""
     return len(_packed(_exported(network, meta)))
 
 
 def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """An exported network, in eval mode on the CPU, and its metadata.
+    """Load an exported network, in eval mode on the CPU, and its metadata.
 
-    The metadata: `arch`, `model`, `conv`, `groups`, `pruned_num`, `num_classes` and `build` (further keyword arguments
-    of `model.build`); `classes`, `input_size` (C, H, W), `mean` and `std` of the normalization (of pixels in 0 .. 1),
-    `preprocessing` from file to pixels (`data.sources.Preprocessing`; older files lack it);
-    `accuracy` (top-1 in %), `networks` (accuracy and cost of every network of the run), the run's `config`, and, of a
-    refined student, the configs before it in `history`. A file of --export_teacher gives the online teacher as one
-    network; its metadata also has `ensemble`, the `method` that made it and its `num_students`.
+    The metadata are those of `Meta` as a plain dictionary, without those that the file lacks. A file of
+    --export_teacher gives the online teacher as one network.
 
     Args:
-        arch: the Python file that builds the network, for one that a Python file built: no code runs that only the
-            loaded file names.
+        arch: the Python file that defines the network, for one that needs such a file. The file that the metadata name
+            is not run.
 
     Raises:
         UserError (a ValueError): the file is missing, damaged, or no exported network; arch is missing.
     """
-    path = Path(path)
+    network, meta = load_network(Path(path), arch)
+    return network, to_plain(meta)
+
+
+def load_network(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
+    """As `load_student`, with typed metadata."""
     content = load(path)
-    if kind_of(content) == CHECKPOINT:
+    if isinstance(content, TrainingCheckpoint):
         raise UserError(f"{path} is a training checkpoint, not an exported network: leave out --pruned")
-    if kind_of(content) != NETWORK:
+    if not isinstance(content, ExportedNetwork):
         raise UserError(f"{path} is not a network that main.py or finetune.py exported")
-    return _restore(path, content["state_dict"], content["meta"], arch)
+    return _restore(path, content.state_dict, content.meta, arch)
 
 
-def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The student of a training checkpoint that was best on the validation set, as `load_student` gives it.
+def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
+    """The student of a training checkpoint that is best on the validation set, as `load_network` returns it.
 
     Raises:
         UserError: the file is missing, damaged, or no training checkpoint of students.
     """
     content = load_checkpoint(path)
-    if not content["scores"]:
+    if not content.scores:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
-    return _student(path, content, Best.of(content["epoch"], Scores.from_plain(content["scores"])).student, arch)
+    best = Best.of(content.epoch, content.scores).student
+    return _restore(path, content.student(best), content.meta, arch)
 
 
-def all_students(path: Path, content: dict[str, Any], arch: str | None = None) -> list[nn.Module]:
+def all_students(path: Path, content: TrainingCheckpoint, arch: str | None = None) -> list[nn.Module]:
     """The students of a training checkpoint, in eval mode; raises as `best_student` does."""
-    return [_student(path, content, i, arch)[0] for i in range(content["meta"]["config"]["num_students"])]
+    count = content.meta.config["num_students"]
+    return [_restore(path, content.student(i), content.meta, arch)[0] for i in range(count)]
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint.
+def load_checkpoint(path: Path) -> TrainingCheckpoint:
+    """Load a training checkpoint.
 
     Raises:
         UserError: the file is missing, damaged, or no training checkpoint.
     """
     content = load(path)
-    if kind_of(content) == NETWORK:
+    if isinstance(content, ExportedNetwork):
         raise UserError(f"{path} is an exported network, not a training checkpoint: finetune.py takes it with --pruned")
-    if kind_of(content) != CHECKPOINT:
+    if not isinstance(content, TrainingCheckpoint):
         raise UserError(f"{path} is not a training checkpoint of main.py or finetune.py")
     return content
 
 
-def load_to_resume(path: Path, meta: dict[str, Any], force: bool) -> dict[str, Any]:
+def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
     """A training checkpoint to go on from, with the model_best.pt beside it.
 
     Args:
@@ -158,112 +348,66 @@ def load_to_resume(path: Path, meta: dict[str, Any], force: bool) -> dict[str, A
         UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
     """
     content = load_checkpoint(path)
-    was = content["meta"]
-    if name := changed_flag(was["config"], meta["config"]):
-        before, now = (as_typed(name, config.get(name)) for config in (was["config"], meta["config"]))
+    was = content.meta
+    if name := changed_flag(was.config, meta.config):
+        before, now = (as_typed(name, config.get(name)) for config in (was.config, meta.config))
         raise UserError(f"{path} was trained {before}, not {now}: resume it {before}")
-    if not force:
-        inputs.check_same(was.get("inputs", {}), meta.get("inputs", {}), path)
-    if any(was[key] != meta[key] for key in ("classes", *(() if force else ("mean", "std")))):
+    if not force and was.inputs and meta.inputs:
+        was.inputs.check_same(meta.inputs, path)
+    if was.classes != meta.classes or (not force and (was.mean, was.std) != (meta.mean, meta.std)):
         raise UserError(f"{path} was trained on other data: resume it with the same --data_dir")
-    begun = content["epoch"] + bool(content.get("progress") and len(content["progress"]["sizes"]))
-    if content["best"]:
+    begun = content.epoch + bool(content.progress and len(content.progress.sizes))
+    if content.best:
         path_of_best = path.with_name("model_best.pt")
-        best_epoch = load_checkpoint(path_of_best)["epoch"]
+        best_epoch = load_checkpoint(path_of_best).epoch
         # A run that was killed between its two writes left the best of the next epoch, which comes again.
-        if best_epoch not in (content["best"]["epoch"], content["epoch"] + 1):
+        if best_epoch not in (content.best.epoch, content.epoch + 1):
             raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
         begun = max(begun, best_epoch)
-    if begun > meta["config"]["num_epochs"]:
+    if begun > meta.config["num_epochs"]:
         raise UserError(
             f"{path} is of epoch {begun} already: give --num_epochs {begun} or more, or start over with --reset"
         )
     return content
 
 
-def with_code(path: Path, meta: dict[str, Any], arch: str | None) -> dict[str, Any]:
-    """The metadata of a file, with the Python file `arch` in place of one that it names, whose code is not to be run.
+def with_code(path: Path, meta: Meta, arch: str | None) -> Meta:
+    """The metadata, with the Python file `arch` instead of the one that they name, which may hold any code.
 
     Raises:
-        UserError: it names one, and `arch` is none.
+        UserError: they name one, and `arch` is none.
     """
-    if not is_file(meta["arch"]):
+    if not is_file(meta.arch):
         return meta
     if not is_file(arch):
-        raise UserError(f"{path} needs the code that built its network: give --arch {meta['arch']}")
-    return meta | {"arch": arch}
+        raise UserError(f"{path} needs the code that built its network: give --arch {meta.arch}")
+    return replace(meta, arch=arch)
 
 
-def as_trained(dataset: DataSet, meta: dict[str, Any], source: Path) -> DataSet:
-    """The data set, normalized as the network in `source` was trained.
-
-    Raises:
-        UserError: the network knows other classes.
-    """
-    if difference := first_difference(meta["classes"], dataset.classes):
-        raise UserError(
-            f"{source} knows other classes than {dataset.name} has ({difference}): give the data it was trained on"
-        )
-    return replace(dataset, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
-
-
-def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
-    """For messages: the first class that a network and the data do not have in common, by its place."""
-    for i, (a, b) in enumerate(zip_longest(known, given)):
-        if a != b:
-            names = ("none" if name is None else f"'{name}'" for name in (a, b))
-            return "class {} is {} there and {} in the data".format(i, *names)
-    return None
-
-
-def load_momentum(optimizer: torch.optim.SGD, content: dict[str, Any], source: str) -> None:
-    """Restore what SGD remembers of the parameters; its settings stay those of the flags.
-
-    Raises:
-        UserError: it is of other parameters.
-    """
-    state = content["state"].items()
-    buffers = {str(i): entry["momentum_buffer"] for i, entry in state if entry.get("momentum_buffer") is not None}
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    check_match({str(i): own[i] for i in range(len(own)) if str(i) in buffers}, buffers, f"{source}: momentum")
-    if buffers:  # zeros for the others, which no gradient has reached so far
-        state = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _packed(content: dict[str, Any]) -> memoryview:
+def _packed(record: Any) -> memoryview:
     buffer = io.BytesIO()  # torch.save to a file would report a full disk as an internal error
-    torch.save(content, buffer)
+    torch.save(to_plain(record), buffer)
     return buffer.getbuffer()
 
 
-def _exported(network: nn.Module, meta: dict[str, Any]) -> dict[str, Any]:
+def _exported(network: nn.Module, meta: Meta) -> ExportedNetwork:
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    return {"kind": NETWORK, "state_dict": weights, "meta": meta}
+    return ExportedNetwork(weights, meta)
 
 
-def _student(path: Path, content: dict[str, Any], index: int, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    prefix = f"students.{index}."
-    weights = {key.removeprefix(prefix): value for key, value in content["model"].items() if key.startswith(prefix)}
-    return _restore(path, weights, content["meta"], arch)
-
-
-def _restore(
-    path: Path, weights: dict[str, Tensor], meta: dict[str, Any], arch: str | None
-) -> tuple[nn.Module, dict[str, Any]]:
+def _restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None) -> tuple[nn.Module, Meta]:
     meta = with_code(path, meta, arch)
-    ensemble = meta.get("ensemble")
-    count = ensemble["num_students"] if ensemble else 1
-    specification = {key: meta[key] for key in ("num_classes", "conv", "groups", "pruned_num", "arch")}
+    specification = {name: getattr(meta, name) for name in ("num_classes", "conv", "groups", "pruned_num", "arch")}
+    specification |= meta.build or {}
 
     def builder() -> nn.Module:
         try:
-            check_architecture(meta["arch"], meta["model"])
-            networks = [build(meta["model"], **specification, **meta.get("build", {})) for _ in range(count)]
-            if not ensemble:
-                return networks[0]
-            return Ensemble(METHODS[ensemble["method"]].online_teacher(networks, meta["num_classes"]))
-        except Exception as error:  # whatever is wrong with what the file says
+            check_architecture(meta.arch, meta.model)
+            if not meta.ensemble:
+                return build(meta.model, **specification)
+            networks = [build(meta.model, **specification) for _ in range(meta.ensemble.num_students)]
+            return Ensemble(METHODS[meta.ensemble.method].online_teacher(networks, meta.num_classes))
+        except Exception as error:  # the file can say anything
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 
-    return build_with(weights, builder, f"{path} as {meta['model']}").eval(), meta
+    return build_with(weights, builder, f"{path} as {meta.model}").eval(), meta

@@ -5,7 +5,6 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,17 @@ from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
-from model.weights import load_weights
+from model.weights import load_momentum, load_weights
 from utils import checkpoint, distributed
+from utils.checkpoint import Meta, Progress, TrainingCheckpoint
 from utils.config import Config
 from utils.device import Execution, GraphedStep, autocast, changes, environment, random_state, set_random_state
 from utils.errors import UserError
+from utils.files import to_plain
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
-from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten, plain
-
-Meta = dict[str, Any]  # of a run, in each of its checkpoints; describes how to build a student
+from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten
 
 
 class Trainer:
@@ -71,7 +70,7 @@ class Trainer:
         self.means = EpochMeans()
         self.scores: Scores | None = None
         self.best: Best | None = None
-        self._begun: dict[str, Any] | None = None  # the epoch that a resumed run had begun, from its checkpoint
+        self._begun: Progress | None = None  # the epoch that a resumed run had begun, from its checkpoint
         self._saved_at = time.monotonic()
         self.seconds, self._since = 0.0, time.perf_counter()
 
@@ -195,7 +194,7 @@ class Trainer:
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
-                if not all(map(math.isfinite, flatten(plain(self.scores)).values())):
+                if not all(map(math.isfinite, flatten(to_plain(self.scores)).values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
                 self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
@@ -210,9 +209,9 @@ class Trainer:
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
                 rate = learning_rate(self.config, self.epoch)
-                self._check_finite(flatten(plain(self.scores)), "on the validation set", rate, job.best)
+                self._check_finite(flatten(to_plain(self.scores)), "on the validation set", rate, job.best)
                 self._keep_best(job, meta)
-                job.add_metrics(self.epoch, rate, plain(train_scores), plain(self.scores))
+                job.add_metrics(self.epoch, rate, to_plain(train_scores), to_plain(self.scores))
                 self._save_last(job, meta)
                 left = (time.perf_counter() - started) / (self.epoch - first) * (self.config.num_epochs - self.epoch)
                 job.logger.info(
@@ -229,9 +228,9 @@ class Trainer:
         """Go to the next epoch, or back into the one that a resumed run had begun."""
         begun, self._begun = self._begun, None
         self.epoch += 1
-        train.set_epoch(self.epoch, begun["position"] if begun else 0)
+        train.set_epoch(self.epoch, begun.position if begun else 0)
         if begun:
-            set_random_state(begun["random"])
+            set_random_state(begun.random)
         else:  # dropout draws the same numbers in a resumed run, and other ones in each process
             torch.manual_seed(epoch_seed(self.config.seed, self.epoch) + distributed.rank() * 2**40)
 
@@ -252,16 +251,14 @@ class Trainer:
             UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
         """
         content = checkpoint.load_to_resume(path, meta, force)
-        load_weights(self.learner, content["model"], str(path))
-        checkpoint.load_momentum(self.optimizer, content["optimizer"], str(path))
-        self.epoch, self.seconds = content["epoch"], content.get("seconds", 0.0)
-        self.scores = Scores.from_plain(content["scores"]) if content["scores"] else None
-        self.best = Best.from_plain(content["best"]) if content["best"] else None
-        if content.get("progress"):  # checkpoints of older versions lack it
-            self._begun = content["progress"]
-            self.means.load_state_dict(self._begun, self.device)
+        load_weights(self.learner, content.model, str(path))
+        load_momentum(self.optimizer, content.optimizer, str(path))
+        self.epoch, self.scores, self.best = content.epoch, content.scores, content.best
+        self.seconds, self._begun = content.seconds or 0.0, content.progress
+        if self._begun:
+            self.means.load_state_dict(to_plain(self._begun), self.device)
         steps = f" and {self.means.steps} steps of the next" if self.means.steps else ""
-        self.reached = f"epoch {self.epoch}{steps}{changes(content.get('environment', {}), self.environment)}"
+        self.reached = f"epoch {self.epoch}{steps}{changes(content.environment or {}, self.environment)}"
 
     @property
     def best_student(self) -> nn.Module:
@@ -271,8 +268,8 @@ class Trainer:
         """Load the weights of the best epoch into the learner."""
         distributed.wait_for_all()  # the first process writes the file
         content = checkpoint.load_checkpoint(job.best)
-        load_weights(self.learner, content["model"], str(job.best))
-        self.best = Best.from_plain(content["best"])
+        load_weights(self.learner, content.model, str(job.best))
+        self.best = content.best
 
     @property
     def _title(self) -> str:
@@ -290,27 +287,26 @@ class Trainer:
             checkpoint.save(job.last, self._state(meta, batches))
         self._saved_at = time.monotonic()
 
-    def _state(self, meta: Meta, batches: AugmentedBatches | None = None) -> dict[str, Any]:
+    def _state(self, meta: Meta, batches: AugmentedBatches | None = None) -> TrainingCheckpoint:
         """A training checkpoint; `batches` are those of the epoch in progress, if there is one."""
         self.seconds = time.perf_counter() - self._since
         progress = None
         if batches is not None:  # their position is larger than the number of steps if some had no readable image
-            progress = {"position": batches.position, "random": random_state(self.device), **self.means.state_dict()}
+            progress = Progress(batches.position, random_state(self.device), **self.means.state_dict())
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
-        return {
-            "kind": checkpoint.CHECKPOINT,
-            "epoch": self.epoch - 1 if progress else self.epoch,
-            "progress": progress,
-            "model": self.learner.state_dict(),
-            "optimizer": optimizer,
-            "scores": self.scores and plain(self.scores),
-            "best": self.best and plain(self.best),
-            "environment": self.environment,
-            "seconds": self.seconds,
-            "meta": meta,
-        }
+        return TrainingCheckpoint(
+            epoch=self.epoch - 1 if progress else self.epoch,
+            model=self.learner.state_dict(),
+            optimizer=optimizer,
+            scores=self.scores,
+            best=self.best,
+            meta=meta,
+            progress=progress,
+            seconds=self.seconds,
+            environment=self.environment,
+        )
 
     def _check_finite(self, losses: dict[str, float], where: str, rate: float, good: Path) -> None:
         if not all(map(math.isfinite, losses.values())):

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and a lock that keeps a second run out of a folder."""
+"""Files that are written completely or not at all, a lock of a folder, and dataclasses as plain values in files."""
 
 import atexit
 import errno
@@ -6,19 +6,29 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from utils.errors import UserError
 
 TOUCHED_EVERY = 60  # seconds between the touches by which the owner of a lock shows that it lives
 FRESH = 5 * TOUCHED_EVERY  # seconds after which a lock that was not touched counts as abandoned
+PARTS, DEPTH = 1_000_000, 20  # limits on plain values, above those of any file of this program
+NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # other surrogates stand for bytes that are not UTF-8
 
 
 @contextmanager
@@ -181,3 +191,106 @@ def _owner(file: IO[str]) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not {"pid", "host"} <= content.keys():
         return None
     return content if type(content["pid"]) is int and content["pid"] > 0 else None
+
+
+class Malformed(ValueError):
+    """The name of a part of a file that is missing or has a wrong type, as in "meta.mean"."""
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries, without optional fields that are None."""
+    values = {field.name: (field, getattr(record, field.name)) for field in fields(record)}
+    return {
+        name: to_plain(value) if is_dataclass(value) else value
+        for name, (field, value) in values.items()
+        if value is not None or field.default is not None
+    }
+
+
+def from_plain(kind: Any, value: Any, name: str = "") -> Any:
+    """The inverse of `to_plain`: a value from a file as a dataclass, or as another type hint.
+
+    Unknown keys are ignored. A dataclass may have a method `fault` that names a part that contradicts another one.
+
+    Raises:
+        Malformed: the value does not have this type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return _record(kind, value, name)
+    if origin in (UnionType, typing.Union):
+        (kind,) = set(arguments) - {NoneType}
+        return None if value is None else from_plain(kind, value, name)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(arguments)):
+            raise Malformed(name)
+        for entry in value:
+            from_plain(arguments[0], entry, name)
+    elif kind not in _CHECKS or not _CHECKS[kind](value):
+        raise Malformed(name)
+    return value
+
+
+def _record(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise Malformed(name)
+    hints, found = typing.get_type_hints(kind), {}
+    for field in fields(kind):
+        inner = f"{name}.{field.name}".lstrip(".")
+        if field.name in value:
+            found[field.name] = from_plain(hints[field.name], value[field.name], inner)
+        elif field.default is MISSING:
+            raise Malformed(inner)
+    record = kind(**found)
+    if fault := getattr(record, "fault", lambda: None)():
+        raise Malformed(f"{name}.{fault}".lstrip("."))
+    return record
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it can be written as JSON. This ends for cycles and for parts that occur again and again, too."""
+    stack, parts = [(value, 0)], 0
+    while stack:
+        part, depth = stack.pop()
+        parts += 1
+        if parts > PARTS or depth > DEPTH:
+            return False
+        if isinstance(part, dict) and all(isinstance(key, str) for key in part):
+            stack.extend((entry, depth + 1) for entry in part.values())
+        elif isinstance(part, list | tuple) and len(part) <= PARTS:
+            stack.extend((entry, depth + 1) for entry in part)
+        elif not (part is None or isinstance(part, bool | str) or _is_number(part)):
+            return False
+    return True
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is a non-empty dictionary of tensors by name."""
+    named = isinstance(value, dict) and all(isinstance(key, str) and len(key) <= 1000 for key in value)
+    return named and len(value) > 0 and all(map(is_dense, value.values()))
+
+
+def is_dense(value: Any) -> bool:
+    """Whether it is a strided CPU tensor that is no larger than its memory, as an expanded one would be."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+_CHECKS = {
+    str: lambda value: isinstance(value, str) and len(value) <= 4096 and not NOT_IN_PATHS.search(value),
+    int: lambda value: type(value) is int and 0 <= value < 2**31,
+    float: _is_number,
+    bool: lambda value: isinstance(value, bool),
+    Tensor: is_dense,
+    dict[str, Tensor]: is_state_dict,
+    dict[str, Any]: lambda value: isinstance(value, dict),
+}

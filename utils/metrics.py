@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,13 +65,6 @@ class Scores:
     disagreement: float | None = None
     confusion: np.ndarray | None = field(default=None, compare=False)
 
-    @classmethod
-    def from_plain(cls, content: dict[str, Any]) -> "Scores":
-        """The inverse of `plain`."""
-        parts = {name: content[name] for name in ("accuracy", "loss", "top5") if name in content}
-        values = {name: ByNetwork(part["students"], part.get("online_teacher")) for name, part in parts.items()}
-        return cls(**values, disagreement=content.get("disagreement"))
-
     def accuracies(self) -> list[Accuracy]:
         """Of every student, in order, and last of the online teacher, if there is one."""
         columns = [values.listed() for values in (self.accuracy, self.top5) if values]
@@ -112,19 +105,9 @@ class Best:
         rows = enumerate(zip(scores.accuracy.students, scores.loss.students, strict=True))
         return max((cls(epoch, i, *row) for i, row in rows), key=lambda best: best.rank)
 
-    @classmethod
-    def from_plain(cls, content: dict[str, Any]) -> "Best":
-        """The inverse of `plain`."""
-        return cls(**{name: content[name] for name in (part.name for part in fields(cls))})
-
     @property
     def rank(self) -> tuple[float, float]:
         return self.accuracy, -self.loss
-
-
-def plain(record: Scores | TrainingScores | Best) -> dict[str, Any]:
-    """The record as files hold it: nested dictionaries, without what is None."""
-    return asdict(record, dict_factory=lambda items: {key: value for key, value in items if value is not None})
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from utils.config import LAST, MAY_CHANGE, RESUME_LAST, Config, as_typed, changed_flag, flag_name, flags, is_open
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Meta
 
 _METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
 # The fields that --test_only takes from a training checkpoint: its networks and its data.
@@ -199,7 +202,7 @@ def _settle_training(config: Config) -> Config:
     return config
 
 
-def for_refinement(config: Config, meta: dict[str, Any]) -> Config:
+def for_refinement(config: Config, meta: "Meta") -> Config:
     """Fill in the defaults of finetune.py that come from the metadata of the file to refine.
 
     Raises:
@@ -207,9 +210,10 @@ def for_refinement(config: Config, meta: dict[str, Any]) -> Config:
     """
     for name, key in _STATED.items():
         value = getattr(config, name)
-        if value not in (None, meta[key]):
-            raise UserError(f"--{name} {value}, but {config.refine} says {meta[key]}: leave out --{name}")
-    then, found = meta["config"], {name: meta[key] for name, key in _STATED.items()}
+        stated = getattr(meta, key)
+        if value not in (None, stated):
+            raise UserError(f"--{name} {value}, but {config.refine} says {stated}: leave out --{name}")
+    then, found = meta.config, {name: getattr(meta, key) for name, key in _STATED.items()}
     found |= {name: then[name] for name in ("dataset", "val_size", "teacher_model")}
     if config.dataset in (None, then["dataset"]):
         found |= {"data_dir": then["data_dir"] and Path(then["data_dir"])}

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from torch import nn
 from data.sources import DataSet
 from model.online import Ensemble
 from utils import checkpoint, export, tables
+from utils.checkpoint import EnsembleMeta, Meta
 from utils.cost import forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
-from utils.files import atomic_write
-from utils.metrics import plain
+from utils.files import atomic_write, to_plain
 from utils.setup import Run
 from utils.tables import BATCHES, MARK, ONNX, PYTORCH, UNSTEADY, ClassAccuracy, Row
 
@@ -41,7 +41,7 @@ class Results:
     disagreement: float | None = None
 
 
-def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) -> None:
+def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     """Export the best student, and the online teacher if --export_teacher asks for it; write and print the report.
 
     Args:
@@ -52,14 +52,14 @@ def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) 
     if not job.writes:
         return
     standard, (exported,) = rows[0], [row for row in rows if row.exported]
-    meta = meta | {"networks": [row.summary() for row in rows]}
+    meta = replace(meta, networks=[row.summary() for row in rows])
     if config.export_teacher:
         (teacher,) = (row for row in rows if row.role == "online_teacher")
-        ensemble = {"method": config.method, "num_students": len(teacher.network.students)}
-        of_teacher = meta | {"accuracy": teacher.accuracies(), "ensemble": ensemble}
+        ensemble = EnsembleMeta(config.method, len(teacher.network.students))
+        of_teacher = replace(meta, accuracy=teacher.accuracies(), ensemble=ensemble)
         job.logger.info(f"exported {job.export_teacher}, the online teacher")
         _export(run, job.export_teacher, Ensemble(teacher.network), of_teacher)
-    meta["accuracy"] = exported.accuracies()
+    meta = replace(meta, accuracy=exported.accuracies())
     deployment = _export(run, job.export, exported.network, meta)
     pretrained = standard.val.top1 if standard.val and not standard.exported else None
     tables.draw_curves(job, trainer.best, pretrained)
@@ -73,8 +73,8 @@ def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) 
     environment = trainer.environment | {"device": describe(run.device), "command": sys.argv}
     if deployment.onnx:
         environment["onnxruntime"] = export.runtime_version()
-    notes = _notes(run, trainer, rows, deployment, environment, meta["start"])
-    stated = {name: value for name, value in meta["config"].items() if value is not None and value is not False}
+    notes = _notes(run, trainer, rows, deployment, environment, meta.start)
+    stated = {name: value for name, value in meta.config.items() if value is not None and value is not False}
     overview, measured = tables.overview(rows, "validation", "test"), tables.measurements(rows)
     parts = [[f"# {job.export.name}"], [sentence] if sentence else []]
     parts += map(tables.markdown, (overview, measured, tables.classes(classes)))
@@ -84,17 +84,17 @@ def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) 
     content = {
         "networks": tables.as_json(rows),
         "summary": sentence,
-        "best": plain(trainer.best),
+        "best": to_plain(trainer.best),
         "notes": notes,
         "data": str(dataset),
-        "start": meta["start"],
+        "start": meta.start,
         "seconds": trainer.seconds,
         "exported": deployment.as_json(),
         "skipped_images": dataset.skipped.reasons,
         "classes": [entry._asdict() for entry in classes],
         "confusion": results.confusion.tolist() if len(classes) <= MOST_CONFUSED else None,
         "disagreement": results.disagreement,
-        "meta": meta,
+        "meta": to_plain(meta),
         "environment": environment,
     }
     with atomic_write(job.report_json, "w") as file:
@@ -104,15 +104,15 @@ def publish(run: Run, trainer: Trainer, meta: dict[str, Any], results: Results) 
     job.logger.info("\n" + "\n\n".join(printed))
 
 
-def _export(run: Run, path: Path, network: nn.Module, meta: dict[str, Any]) -> export.Deployment:
+def _export(run: Run, path: Path, network: nn.Module, meta: Meta) -> export.Deployment:
     checkpoint.export(path, network, meta)
-    deployment = export.write(path, network, meta, run.config.export, run.loaders.test)
+    deployment = export.write(path, network, to_plain(meta), run.config.export, run.loaders.test)
     for line in deployment.lines():
         run.job.logger.info(line)
     return deployment
 
 
-def measure(rows: Sequence[Row], meta: dict[str, Any], onnx: bytes | None, device: torch.device) -> None:
+def measure(rows: Sequence[Row], meta: Meta, onnx: bytes | None, device: torch.device) -> None:
     """Fill in latencies and sizes of files: of the standard and the exported network, and latencies of the others.
 
     Args:
@@ -122,12 +122,12 @@ def measure(rows: Sequence[Row], meta: dict[str, Any], onnx: bytes | None, devic
     for row in rows:
         if row is rows[0] or row.exported:
             row.file_bytes = checkpoint.exported_size(row.network, meta)
-            content = onnx and (onnx if row.exported else export.standard_onnx(row.network, meta))
+            content = onnx and (onnx if row.exported else export.standard_onnx(row.network, to_plain(meta)))
             if content:
                 row.onnx_bytes = len(content)
                 sessions.append((row, export.session(content)))
     for batch in BATCHES:
-        images = torch.randn(batch, *meta["input_size"])
+        images = torch.randn(batch, *meta.input_size)
         networks = [(row, forward_pass(row.network, images, device)) for row in rows if row.network]
         deployed = [(row, partial(session, images.numpy())) for row, session in sessions]
         for runtime, calls in ((PYTORCH, networks), (ONNX, deployed)):  # one after the other: they share the cores

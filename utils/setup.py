@@ -4,7 +4,6 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,8 @@ import data
 from data.loader import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, variant_for
-from utils import checkpoint, distributed, export
+from utils import distributed, export
+from utils.checkpoint import Meta
 from utils.config import Config
 from utils.device import Execution, apply_execution, cores, describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
@@ -73,9 +73,7 @@ class Run:
     def trainer(self, learner: nn.Module) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
 
-    def train(
-        self, trainer: Trainer, meta: dict[str, Any], notes: Sequence[str] = (), keep_initial: bool = False
-    ) -> None:
+    def train(self, trainer: Trainer, meta: Meta, notes: Sequence[str] = (), keep_initial: bool = False) -> None:
         """Train to the last epoch, and put the best one's weights back into the learner.
 
         Args:
@@ -116,7 +114,7 @@ def standard_network(config: Config, dataset: DataSet) -> nn.Module:
     return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
 
 
-def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, dict[str, Any]] | None = None) -> Run:
+def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, Meta] | None = None) -> Run:
     """Everything that can be wrong comes first: nothing is written.
 
     Args:
@@ -136,7 +134,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     dataset = data.load(config.dataset, config.data_dir, config.val_size, workers, config.image_size, config.train_size)
     if trained:
         path, meta = trained
-        dataset = checkpoint.as_trained(dataset, meta, path)
+        dataset = dataset.normalized_as(meta.mean, meta.std, meta.classes, path)
     teacher, remarks = pretrained_teacher(config, dataset, device)
     if config.init == "teacher":
         dataset, teacher = with_normalization_of(teacher, dataset)

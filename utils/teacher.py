@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batches
-from data.sources import DataSet
+from data.sources import DataSet, first_difference
 from model import architecture_of, build, external, from_public, variant_for
 from model.convert import add_noise, inherit, not_inherited
 from model.weights import build_with
-from utils import checkpoint, inputs
-from utils.checkpoint import load, load_student
+from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, load_network
 from utils.config import Config
-from utils.contents import CHECKPOINT, NETWORK, is_state_dict, kind_of
 from utils.cost import check_fits
 from utils.errors import UserError
+from utils.files import is_state_dict
 from utils.metrics import Accuracy, accuracy
 from utils.normalization import NORMALIZATIONS, MeanStd, parse
 
@@ -85,10 +84,10 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
             "validation set among them: its accuracy there is no measure"
         ]
     if not config.test_only:
-        inputs.check_unseen(meta, dataset, config, file)
-    difference = checkpoint.first_difference(meta["classes"], dataset.classes)
-    if difference and sorted(meta["classes"]) == sorted(dataset.classes):
-        order = [meta["classes"].index(name) for name in dataset.classes]
+        check_unseen(meta, dataset, config, file)
+    difference = first_difference(meta.classes, dataset.classes)
+    if difference and sorted(meta.classes) == sorted(dataset.classes):
+        order = [meta.classes.index(name) for name in dataset.classes]
         teacher = Reordered(teacher, order).to(device).eval()
         return teacher, [f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"]
     if difference and not config.force:
@@ -97,6 +96,20 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
             "match them by their order"
         )
     return teacher, []
+
+
+def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> None:
+    """Raise a UserError if the network in `source` was trained on images of the validation set."""
+    then = meta.config
+    if then["dataset"] != config.dataset or config.val_size in (0, then["val_size"]):
+        return
+    # A folder with a val/ of its own has the same validation images at every val_size.
+    seen = asdict(meta.inputs.val) if meta.inputs and meta.inputs.val else None
+    if seen != dataset.val.fingerprint(config.data_dir):
+        raise UserError(
+            f"--val_size {config.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be "
+            f"validated on images that it was trained on; give --val_size {then['val_size']:g}"
+        )
 
 
 def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet, nn.Module]:
@@ -190,20 +203,20 @@ def _load_teacher(
     variant: dict[str, Any] | None,
     given: MeanStd | None,
     norm: str | None,
-) -> tuple[nn.Module, dict[str, Any] | None]:
+) -> tuple[nn.Module, Meta | None]:
     """As `load_teacher`, with the metadata of a file of this project."""
     arch, meta = arch or architecture_of(name), None
     content = _read(file)
-    if kind_of(content) == CHECKPOINT:
+    if isinstance(content, TrainingCheckpoint):
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
-    if kind_of(content) == NETWORK:
-        meta = content["meta"]
-        if meta["model"] != name:
-            raise UserError(f"{file} holds a {meta['model']}, but --teacher_model is {name}")
-        if meta["num_classes"] != num_classes:
-            raise UserError(f"{file} knows {meta['num_classes']} classes, the data has {num_classes}")
-        network, _ = load_student(file, arch)
-        wanted = meta["mean"], meta["std"]
+    if isinstance(content, ExportedNetwork):
+        meta = content.meta
+        if meta.model != name:
+            raise UserError(f"{file} holds a {meta.model}, but --teacher_model is {name}")
+        if meta.num_classes != num_classes:
+            raise UserError(f"{file} knows {meta.num_classes} classes, the data has {num_classes}")
+        network, _ = load_network(file, arch)
+        wanted = meta.mean, meta.std
     else:
         published = _state_dict(content, file)
         weights, told = from_public(arch, published)
