@@ -5,11 +5,19 @@ Small images stay in memory, on the training device, as one uint8 tensor; others
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from data.folder import folder
+from data.loader import AugmentedBatches, Batches
 from data.sources import DataSet, digits, stratified_split
 from data.torchvision_sets import TORCHVISION_SETS, imagenet
+from utils.distributed import share, world_size
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from data.streaming import StreamedBatches
 
 DOWNLOADS = Path(__file__).with_name("downloads")
 NAMES = ("digits", *TORCHVISION_SETS, "imagenet", "folder")
@@ -77,3 +85,40 @@ def _with_validation(dataset: DataSet, val_size: float) -> DataSet:
 
 def _number_of(size: float, count: int) -> int:
     return round(size * count) if size < 1 else int(size)
+
+
+class Loaders(NamedTuple):
+    train: "AugmentedBatches | StreamedBatches"
+    val: "Batches | StreamedBatches"
+    test: "Batches | StreamedBatches"
+
+
+def make_loaders(
+    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
+) -> Loaders:
+    """Batches of the three splits; each process of the run gets its share.
+
+    Args:
+        train_batch_size: of all processes together.
+        workers: processes that read the images if they are not in memory.
+
+    Raises:
+        UserError: there are too few images for so many processes.
+    """
+    smallest = 2 * world_size()
+    if min(train_batch_size, len(dataset.train)) < smallest:
+        raise UserError(f"{world_size()} processes need batches of at least {smallest} training images, 2 for each")
+    if min(len(dataset.val), len(dataset.test)) < world_size():
+        raise UserError(f"{world_size()} processes need as many validation and test images: start fewer")
+    if dataset.image_size:
+        from data.streaming import stream  # imports torchvision, which takes a second
+
+        return Loaders(*stream(dataset, train_batch_size, eval_batch_size, seed, device, workers))
+    statistics = (dataset.mean, dataset.std, device)
+    train = AugmentedBatches(
+        dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed
+    )
+    val, test = (
+        Batches(split[share(len(split))], eval_batch_size, *statistics) for split in (dataset.val, dataset.test)
+    )
+    return Loaders(train, val, test)

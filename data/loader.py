@@ -1,18 +1,13 @@
 """Batches of images in memory: crops, flips and normalization happen on the device, on whole batches."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.sources import DataSet, Split
+from data.sources import Split
 from utils.distributed import share, world_size
-from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from data.streaming import StreamedBatches
 
 
 class Normalization:
@@ -108,40 +103,3 @@ def without_a_small_last(count: int, batch_size: int) -> int:
     """How many of `count` images to train on: of the last batch, too, BatchNorm needs two in every process."""
     last = count % batch_size
     return count - last if last < 2 * world_size() else count
-
-
-class Loaders(NamedTuple):
-    train: "AugmentedBatches | StreamedBatches"
-    val: "Batches | StreamedBatches"
-    test: "Batches | StreamedBatches"
-
-
-def make_loaders(
-    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
-) -> Loaders:
-    """The batches of the three splits, of which each process of the run gets its share.
-
-    Args:
-        train_batch_size: of all processes together.
-        workers: processes that read the images if they are not in memory.
-
-    Raises:
-        UserError: there are too few images for so many processes.
-    """
-    smallest = 2 * world_size()
-    if min(train_batch_size, len(dataset.train)) < smallest:
-        raise UserError(f"{world_size()} processes need batches of at least {smallest} training images, 2 for each")
-    if min(len(dataset.val), len(dataset.test)) < world_size():
-        raise UserError(f"{world_size()} processes need as many validation and test images: start fewer")
-    if dataset.image_size:
-        from data.streaming import stream  # takes a second, which images in memory need not pay
-
-        return Loaders(*stream(dataset, train_batch_size, eval_batch_size, seed, device, workers))
-    statistics = (dataset.mean, dataset.std, device)
-    train = AugmentedBatches(
-        dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed
-    )
-    val, test = (
-        Batches(split[share(len(split))], eval_batch_size, *statistics) for split in (dataset.val, dataset.test)
-    )
-    return Loaders(train, val, test)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import data
-from data.loader import make_loaders
+from data import make_loaders
 from experiment import classify
 from tests.helpers import make_tree, meta
 from utils import export

@@ -18,7 +18,7 @@ from torch import nn
 
 import data
 import model
-from data.loader import make_loaders
+from data import make_loaders
 from data.streaming import Shuffled
 from model.online import OnlineTeacher, Students
 from tests.helpers import ROOT, make_tree, report_of, succeed

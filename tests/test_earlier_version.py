@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 import data
-from data.loader import make_loaders
+from data import make_loaders
 from tests.helpers import ROOT, succeed, tensorboard_scalars
 from utils.checkpoint import load_student
 from utils.metrics import accuracy

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import nn
 
 import data
+from data import make_loaders
 from data.folder import folder
 from data.images import SkippedImages
-from data.loader import Normalization, make_loaders
+from data.loader import Normalization
 from data.sources import Preprocessing, Split
 from data.streaming import InOrder, Shuffled, StreamedBatches, evaluation_crop, training_crop
 from model.online import Students

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import data
-from data.loader import Loaders, make_loaders
+from data import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, variant_for
 from utils import distributed, export
