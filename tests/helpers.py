@@ -28,6 +28,7 @@ from utils.interruption import Interruption, interruption
 from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+BUDGET = float(os.environ.get("TEST_BUDGET", 1))  # how many times as many random cases are tried: 4 takes minutes
 SCRIPTS = {"main.py": main, "finetune.py": finetune}
 
 

@@ -20,6 +20,7 @@ from model import fused
 from model.conv import KINDS, CheapConv2d, standard_conv
 from model.fused import FusedSequential
 from model.online import OnlineTeacher
+from tests.helpers import BUDGET
 from utils.losses import online_distillation
 
 # Without a compiler there is nothing to test; whoever runs the tests must have one.
@@ -515,7 +516,13 @@ def computed(case):
     return {"output": out} | dict(modules.named_buffers()) | gradients
 
 
-@settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=int(60 * BUDGET),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(CASES)
 def test_whatever_comes_is_computed_or_refused_as_pytorch_does(case):
     fused.enable()

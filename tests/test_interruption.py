@@ -18,7 +18,7 @@ import torch
 
 import data
 from data.streaming import Shuffled
-from tests.helpers import ROOT, assert_same_run, content_of, fail, make_tree, succeed
+from tests.helpers import BUDGET, ROOT, assert_same_run, content_of, fail, make_tree, succeed
 from utils.errors import UserError
 from utils.files import FRESH, Lock
 from utils.interruption import resume_command
@@ -73,11 +73,11 @@ def temporary_of_last(job):
 
 @pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends_as_one_that_never_was(whole, tmp_path):
-    """SIGKILL at ten moments: in turn, while a checkpoint is being written, and at a random time after such a write."""
+    """SIGKILL at several moments: in turn, while a checkpoint is being written, and at a random time after such a write."""
     chance, job = random.Random(0), tmp_path / "job"
     flags = (*SMALL, "--save_every_minutes", 1e-5, "--resume", "--job_dir", job)
     last, positions = job / "checkpoint" / "last.pt", []
-    for kill in range(10):
+    for kill in range(int(4 * BUDGET)):
         process = Run("main.py", *flags).process
         seen = last.stat().st_mtime_ns if last.exists() else 0
         while not temporary_of_last(job):
@@ -92,7 +92,7 @@ def test_run_that_is_killed_again_and_again_ends_as_one_that_never_was(whole, tm
             content = content_of(last)
             positions.append((content["epoch"], content["progress"]["position"] if content["progress"] else 0))
     assert positions == sorted(positions)
-    assert len(set(positions)) > 3  # it did go on, and from within epochs
+    assert len(set(positions)) > 1  # it did go on, and from within epochs
     succeed("main.py", *flags)
     assert_same_run(whole, job)
     assert not temporary_of_last(job)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import finetune
 import main
-from tests.helpers import report_of
+from tests.helpers import BUDGET, report_of
 from utils import options, tables
 from utils.checkpoint import load_student
 from utils.errors import UserError
@@ -125,7 +125,7 @@ def quick_latencies(monkeypatch):
 def test_main_ends_well():
     outcomes = []
 
-    @settings(max_examples=25, **SETTINGS)
+    @settings(max_examples=int(8 * BUDGET), **SETTINGS)
     @given(data=DATA, flags=FLAGS, conv=CONV)
     @example({"classes": 1000, "images": 1, "tests": 0, "height": 1, "width": 1}, NORMAL, SHIFT)
     @example({"classes": 2, "images": 2, "tests": 1, "height": 64, "width": 64}, NORMAL, SHIFT)
@@ -151,7 +151,7 @@ def test_refinement_ends_well():
         data = {"dataset": "folder", "data_dir": top / "set", "job_dir": top / "job", "num_epochs": 1, "compile": "off"}
         assert run("main", data | {"teacher_model": "resnet_20"} | NORMAL)
 
-        @settings(max_examples=8, **SETTINGS)
+        @settings(max_examples=int(4 * BUDGET), **SETTINGS)
         @given(data=st.fixed_dictionaries(sizes), flags=st.fixed_dictionaries({name: FLAG[name] for name in names}))
         def check(data, flags):
             with folder() as other:
