@@ -73,7 +73,7 @@ def temporary_of_last(job):
 
 @pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends_as_one_that_never_was(whole, tmp_path):
-    """SIGKILL at several moments: in turn, while a checkpoint is being written, and at a random time after such a write."""
+    """SIGKILL several times: in turn while a checkpoint is being written, and at a random time after such a write."""
     chance, job = random.Random(0), tmp_path / "job"
     flags = (*SMALL, "--save_every_minutes", 1e-5, "--resume", "--job_dir", job)
     last, positions = job / "checkpoint" / "last.pt", []

@@ -8,8 +8,8 @@ import pytest
 
 import finetune
 import main
-from tests.helpers import make_tree
-from utils import options, tables
+from tests.helpers import make_tree, measure_latencies_once
+from utils import options
 from utils.config import RESUME_LAST
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -134,7 +134,7 @@ def test_a_job_dir_that_is_a_link_is_reset_like_any_other(tmp_path):
 def test_any_name_will_do(tmp_path, monkeypatch, name):
     """For the data, the jobs, the teacher, the refined student and the resumed checkpoint; relative, with a slash."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tables, "LATENCY_BATCHES", (1,))
+    measure_latencies_once(monkeypatch)
     top = Path(name)
     make_tree(top / "set", size=(6, 6))
     data = ("--dataset", "folder", f"--data_dir={top}/set/", "--val_size", "4", "--num_epochs", "1", "--force")

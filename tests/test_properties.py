@@ -15,8 +15,8 @@ from PIL import Image
 
 import finetune
 import main
-from tests.helpers import BUDGET, report_of
-from utils import options, tables
+from tests.helpers import BUDGET, measure_latencies_once, report_of
+from utils import options
 from utils.checkpoint import load_student
 from utils.errors import UserError
 
@@ -119,7 +119,7 @@ def assert_is_whole(job):
 
 @pytest.fixture(autouse=True)
 def quick_latencies(monkeypatch):
-    monkeypatch.setattr(tables, "LATENCY_BATCHES", (1,))
+    measure_latencies_once(monkeypatch)
 
 
 def test_main_ends_well():

@@ -14,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.errors import UserError, first_line
 
-LATENCY_SECONDS = 2.0
-
 
 class Cost(NamedTuple):
     """params: number of parameters; macs: multiply-accumulates of convolutions and matrix products for one image."""
@@ -73,9 +71,9 @@ def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Ca
 
 
 def latency(calls: Sequence[Callable[[], object]], device: torch.device) -> list[Latency]:
-    """Latency of each of `calls` in inference mode: 5 to 30 passes, as many as LATENCY_SECONDS a call allow."""
+    """Latency of each of `calls` in inference mode: 5 to 30 passes, as many as 2 s a call allow."""
     with torch.inference_mode():
-        times = time_in_turn(calls, device, rounds=30, warm_up=3, limit=LATENCY_SECONDS * len(calls))
+        times = time_in_turn(calls, device, rounds=30, warm_up=3, limit=2.0 * len(calls))
     quantiles = [(1e3 * np.percentile(taken, (10, 50, 90))).tolist() for taken in times]
     return [Latency(median, (high - low) / median) for low, median, high in quantiles]
 
