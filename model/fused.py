@@ -334,7 +334,7 @@ def _run(x: Tensor) -> tuple[bool, int]:
 def _load() -> ctypes.CDLL:
     try:
         library = _open()
-    except (OSError, ValueError) as error:  # ValueError: quotes in CXX that do not end
+    except OSError as error:
         raise KernelsUnavailable(str(error)) from error
     pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     real, run = ctypes.c_double, [integer] * 2
@@ -350,7 +350,12 @@ def _load() -> ctypes.CDLL:
 
 def _open() -> ctypes.CDLL:
     """The shared library, out of the user's cache, which has one for each source, compiler and kind of processor."""
-    command = shlex.split(os.environ.get("CXX") or "") or [shutil.which("g++") or shutil.which("c++")]
+    value = os.environ.get("CXX") or ""
+    try:
+        command = shlex.split(value)
+    except ValueError as error:  # quotes that do not end
+        raise KernelsUnavailable(f"CXX={value} cannot be split into words: {error}") from error
+    command = command or [shutil.which("g++") or shutil.which("c++")]
     if command == [None]:
         raise KernelsUnavailable("there is no C++ compiler (g++)")
     name = f"kernels-{_key(command)}.so"
