@@ -79,10 +79,10 @@ def _sync_folder(folder: Path) -> None:
 class Lock:
     """A lock file that names the process and host of the run that uses its folder.
 
-    The process locks the file and touches it from time to time. The system drops its lock when it ends, so that a later
-    run on this host can take over what a killed run left behind. Some file systems have no locks or do not pass them on
-    to other hosts. There, the owner counts as alive while the file is fresh, unless it is a dead process of this host
-    or belongs to the same SLURM job, which was then requeued.
+    The process locks the file and touches it each minute and each epoch. The system drops its lock when it ends, so
+    that a later run on this host can take over what a killed run left behind. Some file systems have no locks or do not
+    pass them on to other hosts. There, the owner counts as alive while the file is fresh, unless it is a dead process
+    of this host or belongs to the same SLURM job, which was then requeued.
     """
 
     def __init__(self, path: Path):
@@ -118,11 +118,12 @@ class Lock:
         self._toucher.start()
         atexit.register(self.release)
 
-    def check_held(self) -> None:
-        """Raise a UserError if another run has taken over the lock, which can happen while a process is suspended."""
+    def renew(self) -> None:
+        """Touch the lock file, or raise a UserError: another run has taken it over while this process was suspended."""
         owner = _owner(self._file)
         if owner and owner != self._me:
             raise UserError(f"{self.path.parent} was taken over by {_name(owner)}: this run showed no sign of life")
+        self._touch()
 
     def release(self) -> None:
         atexit.unregister(self.release)
@@ -137,8 +138,11 @@ class Lock:
 
     def _keep_fresh(self) -> None:
         while not self._released.wait(TOUCHED_EVERY):
-            with suppress(OSError):
-                os.utime(self._file.fileno())
+            self._touch()
+
+    def _touch(self) -> None:
+        with suppress(OSError):
+            os.utime(self._file.fileno())
 
     def _claim(self, file: IO[str], kind: int) -> None:
         """Lock the file, or raise a UserError."""

@@ -235,7 +235,7 @@ class Job:
         """
         if not self.writes:
             return
-        self.lock.check_held()
+        self.lock.renew()
         line = {"epoch": epoch, "lr": lr, "train": train, "val": val}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
