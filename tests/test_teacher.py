@@ -231,6 +231,23 @@ def test_the_same_validation_images_may_be_asked_for_in_another_way(tmp_path):
     load([*flags, "--val_size", "144"], dataset)
 
 
+def test_validation_images_are_known_by_their_pixels_not_by_the_name_of_the_data_set(tmp_path):
+    digits = data.load("digits", None, 0.1)
+    mirrored, grown = (
+        replace(digits, **{name: replace(split, images=split.images[:, ::-1]) for name, split in splits.items()})
+        for splits in ({"train": digits.train, "val": digits.val, "test": digits.test}, {"val": digits.val})
+    )
+    described, elsewhere = digits.fingerprints(None), meta()["config"] | {"dataset": "folder", "data_dir": "/gone"}
+    _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described, config=elsewhere)
+    with pytest.raises(UserError, match=r"give --val_size 0\.1"):
+        load([*flags, "--val_size", "0.2"], data.load("digits", None, 0.2))  # known from a folder, under other names
+    with pytest.raises(UserError, match="other validation images of the same data"):
+        load(flags, grown)
+    _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described, config=elsewhere | {"data_dir": str(tmp_path)})
+    folder = ["--dataset", "folder", "--data_dir", str(tmp_path / "another"), "--val_size", "0.2"]
+    load([*flags, *folder], mirrored)  # another folder
+
+
 def test_a_public_checkpoint_s_accuracy_is_said_to_be_no_measure(tmp_path):
     torch.save(model.build("resnet_20").state_dict(), tmp_path / "public.pt")
     _, dataset, flags = of_digits(tmp_path / "teacher.pt")

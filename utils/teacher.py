@@ -100,16 +100,38 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
 
 def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> None:
     """Raise a UserError if the network in `source` was trained on images of the validation set."""
-    then = meta.config
-    if then["dataset"] != config.dataset or config.val_size in (0, then["val_size"]):
+    then = meta.config["val_size"]
+    if dataset.val is dataset.test or _is_recorded(meta, "val", dataset, config):
         return
-    # A folder with a val/ of its own has the same validation images at every val_size.
-    seen = asdict(meta.inputs.val) if meta.inputs and meta.inputs.val else None
-    if seen != dataset.val.fingerprint(config.data_dir):
+    if then != config.val_size and _has_same_data(meta, dataset, config):
         raise UserError(
-            f"--val_size {config.val_size:g}, but {source} was trained with {then['val_size']:g}: it would be "
-            f"validated on images that it was trained on; give --val_size {then['val_size']:g}"
+            f"--val_size {config.val_size:g}, but {source} was trained with {then:g}: it would be validated on images "
+            f"that it was trained on; give --val_size {then:g}"
         )
+    if meta.inputs and meta.inputs.val and _is_recorded(meta, "test", dataset, config):
+        raise UserError(
+            f"{source} was trained with other validation images of the same data: it would be validated on images that "
+            "it was trained on; give the images that it was trained with, or --val_size 0"
+        )
+
+
+def _is_recorded(meta: Meta, split: str, dataset: DataSet, config: Config) -> bool:
+    """Whether a network's file says that its validation ("val") or test images were those of `dataset`."""
+    recorded = getattr(meta.inputs, split, None)
+    return recorded is not None and asdict(recorded) == getattr(dataset, split).fingerprint(config.data_dir)
+
+
+def _has_same_data(meta: Meta, dataset: DataSet, config: Config) -> bool:
+    """Whether a network was trained on this data set, however it was split: by its test images, or else by name.
+
+    Images that stream and those in memory have different fingerprints, and another folder may hold other images.
+    """
+    if _is_recorded(meta, "test", dataset, config):
+        return True
+    then = meta.config
+    if meta.inputs and config.dataset == "folder" and then["data_dir"]:
+        return then["dataset"] == "folder" and Path(then["data_dir"]).resolve() == config.data_dir.resolve()
+    return then["dataset"] == config.dataset
 
 
 def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet, nn.Module]:
