@@ -15,14 +15,12 @@ if __name__ == "__main__":
     interruption.catch()
     CONFIG = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from data.sources import DataSet
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
 from model.online import Students
@@ -30,9 +28,8 @@ from model.weights import load_weights
 from utils import checkpoint, report
 from utils.checkpoint import Inputs, Meta
 from utils.config import BEST, RESUME_LAST, Config
-from utils.cost import check_fits, count
+from utils.cost import count
 from utils.engine import Trainer
-from utils.methods import METHODS
 from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
@@ -47,13 +44,13 @@ def main(config: Config) -> None:
     config = with_networks(config)
     run = prepare(config, [config.teacher_dir])
     torch.manual_seed(config.seed)
-    learner = build_learner(config, run.dataset, run.teacher)
-    start = "from random weights"
+    learner = run.learner(build_networks(run))
+    start, notes = "from random weights", []
     if config.init == "teacher":
         start = start_from(run.teacher, learner.students)
-    trainer = run.trainer(learner)
-    meta = describe_run(config, run.dataset, run.teacher, learner, start)
-    run.train(trainer, meta, [f"students start {start}"] if config.init == "teacher" else [])
+        notes = [f"students start {start}"]
+    trainer, meta = run.trainer(learner), describe_run(run, learner, start)
+    run.train(trainer, meta, notes)
 
     report.publish(run, trainer, meta, results(run, trainer))
     run.end()
@@ -79,33 +76,19 @@ def build_student(config: Config, num_classes: int, **variant: Any) -> nn.Module
     )
 
 
-def build_learner(config: Config, dataset: DataSet, teacher: nn.Module | None) -> Students:
-    """The learner, untrained: the standard network alone, or students, with the teacher that --method makes of them.
-
-    Students that start from the weights of the pretrained teacher are of its variant of the network, such as its kind
-    of shortcut.
-
-    Raises:
-        UserError: the networks do not take such images, or do not tell so many classes apart.
-    """
+def build_networks(run: Run) -> list[nn.Module]:
+    """The standard network, or the students; with --init teacher they have its variant, such as the same shortcuts."""
+    config, dataset = run.config, run.dataset
     if config.pretrain:
-        networks = [standard_network(config, dataset)]
-    else:
-        variant = variant_for(config.arch, config.student_model, dataset.input_size)
-        variant |= teacher.variant if config.init == "teacher" else {}
-        networks = [build_student(config, len(dataset.classes), **variant) for _ in range(config.num_students)]
-    return learner_of(config, networks, dataset)
+        return [standard_network(config, dataset)]
+    variant = variant_for(config.arch, config.student_model, dataset.input_size)
+    variant |= run.teacher.variant if config.init == "teacher" else {}
+    return [build_student(config, len(dataset.classes), **variant) for _ in range(config.num_students)]
 
 
-def learner_of(config: Config, networks: Sequence[nn.Module], dataset: DataSet) -> Students:
-    """The networks, with the teacher that --method makes of them."""
-    check_fits(networks[0], config.trained_model, dataset.input_size, len(dataset.classes))
-    return METHODS[config.method].learner(config, networks, len(dataset.classes))
-
-
-def describe_run(config: Config, dataset: DataSet, teacher: nn.Module | None, learner: Students, start: str) -> Meta:
+def describe_run(run: Run, learner: Students, start: str) -> Meta:
     """The metadata of this run's checkpoints and of the network that it exports."""
-    recorded = config.recorded()
+    config, recorded = run.config, run.config.recorded()
     return Meta(
         arch=recorded["arch"],
         model=config.trained_model,
@@ -114,8 +97,8 @@ def describe_run(config: Config, dataset: DataSet, teacher: nn.Module | None, le
         pruned_num=config.pruned_num,
         build=learner.students[0].variant,
         start=start,
-        **dataset.meta,
-        inputs=Inputs.of(dataset, config.data_dir, teacher),
+        **run.dataset.meta,
+        inputs=Inputs.of(run.dataset, config.data_dir, run.teacher),
         config=recorded,
     )
 
@@ -156,7 +139,7 @@ def print_test(config: Config) -> None:
         meta = checkpoint.with_code(path, content.meta, config.arch)
         config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
         run = prepare(config, [], trained=(path, meta))
-        learner = learner_of(config, checkpoint.all_students(path, content, config.arch), run.dataset)
+        learner = run.learner(checkpoint.all_students(path, content, config.arch))
         load_weights(learner, content.model, str(path))
         learner = learner.to(run.device, memory_format=torch.channels_last)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}

@@ -12,14 +12,17 @@ import data
 from data import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, variant_for
+from model.online import Students
 from utils import distributed, export
 from utils.checkpoint import Meta
 from utils.config import Config
+from utils.cost import check_fits
 from utils.device import Execution, apply_execution, cores, describe, pick_device, pick_execution, pick_precision
 from utils.engine import Trainer
 from utils.errors import UserError, exit_with, guard
 from utils.interruption import interruption
 from utils.job import Job
+from utils.methods import METHODS
 from utils.teacher import check_accuracy, pretrained_teacher, with_normalization_of
 
 # Refusals of the operating system: missing permission, no space left, an impossible name, too many open files.
@@ -70,7 +73,17 @@ class Run:
     remarks: list[str]
     loaders: Loaders
 
-    def trainer(self, learner: nn.Module) -> Trainer:
+    def learner(self, networks: Sequence[nn.Module]) -> Students:
+        """The networks, with the online teacher of the method if it has one.
+
+        Raises:
+            UserError: the networks do not take such images, or have another number of classes.
+        """
+        num_classes = len(self.dataset.classes)
+        check_fits(networks[0], self.config.trained_model, self.dataset.input_size, num_classes)
+        return METHODS[self.config.method].learner(self.config, networks, num_classes)
+
+    def trainer(self, learner: Students) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
 
     def train(self, trainer: Trainer, meta: Meta, notes: Sequence[str] = (), keep_initial: bool = False) -> None:
