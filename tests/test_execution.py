@@ -11,7 +11,7 @@ from model import fused
 from model.online import OnlineTeacher
 from tests.helpers import fail, run_process, succeed
 from utils import options
-from utils.device import GRAPH, KERNELS, PLAIN, Execution, apply_execution, pick_execution
+from utils.device import GRAPH, KERNELS, PLAIN, Execution, apply_execution, changes, pick_execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.metrics import Best
@@ -155,3 +155,11 @@ def test_on_without_a_compiler_ends_in_one_line(tmp_path):
         "main.py", *flags, "--compile", "on", run=run_process, **environment
     )
     assert not (tmp_path / "job").exists()
+
+
+def test_what_differs_from_the_environment_of_a_checkpoint_is_named():
+    was, now = (
+        {"device": "cpu", "threads": threads, "kernels": kernels} for threads, kernels in ((1, None), (2, "ab"))
+    )
+    assert changes(was, now) == ", with threads 2 (was 1), kernels ab (was none): results may differ in the last bits"
+    assert changes(was, was) == changes({}, now) == ""

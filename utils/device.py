@@ -161,7 +161,8 @@ def environment(device: torch.device, precision: str, execution: Execution) -> d
 
 def changes(was: dict[str, Any], now: dict[str, Any]) -> str:
     """For a log line: how the environment of a resumed run differs from that of its checkpoint."""
-    changed = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and was[name] != now[name]]
+    differing = [name for name in now if name in was and was[name] != now[name]]
+    changed = [f"{name} {now[name] or 'none'} (was {was[name] or 'none'})" for name in differing]
     return f", with {', '.join(changed)}: results may differ in the last bits" if changed else ""
 
 
