@@ -44,6 +44,7 @@ from experiment.results import networks_folder, read_records, records_file, trai
 from experiment.studies import STUDIES, Row, Table
 from utils.config import MAY_CHANGE
 from utils.device import apply_execution, cores, pick_device, pick_execution
+from utils.engine import DIVERGED
 from utils.errors import UserError
 from utils.metrics import accuracy
 from utils.setup import run_script
@@ -242,7 +243,7 @@ class Runner:
             report = json.loads((self.job_dir(run) / "report.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             last = self.log(run).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-            finite = not last.startswith("error: the loss is not finite")
+            finite = not last.startswith(f"error: {DIVERGED}")
             return None if finite else kept | {"diverged": last.split(": ")[1]}
         networks = report["networks"]
         (chosen,) = (row for row in networks if row["exported"])

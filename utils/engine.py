@@ -25,6 +25,8 @@ from utils.job import Job
 from utils.methods import METHODS
 from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten
 
+DIVERGED = "the loss is not finite"  # starts the error of a run that diverged; experiment/study.py looks for it
+
 
 class Trainer:
     """Trains a learner (Students or OnlineTeacher) with the objective of the method.
@@ -313,7 +315,7 @@ class Trainer:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
             kept = f"{good} is the last good checkpoint" if good.exists() else "no epoch was finished"
             raise UserError(
-                f"the loss is not finite in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
+                f"{DIVERGED} in epoch {self.epoch}, {where}: {terms}, learning rate {rate:g}; {kept}: "
                 "lower --lr, --lambda or --miu, raise --warmup_epochs, or try --precision fp32"
             )
 
