@@ -42,11 +42,11 @@ import data
 from data.loader import Batches
 from experiment.results import networks_folder, read_records, records_file, trained, write_results
 from experiment.studies import STUDIES, Row, Table
-from utils.config import MAY_CHANGE
 from utils.device import apply_execution, cores, pick_device, pick_execution
 from utils.engine import DIVERGED
 from utils.errors import UserError
 from utils.metrics import accuracy
+from utils.options import MAY_CHANGE
 from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,9 +23,9 @@ import finetune
 import main
 from model import fused
 from utils import cost, options
-from utils.config import completed
 from utils.errors import log_to
 from utils.interruption import Interruption, interruption
+from utils.options import completed
 from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,13 +19,13 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import content_of, meta
 from utils import options
 from utils.checkpoint import Inputs, Meta, best_student
-from utils.config import completed
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.files import from_plain, to_plain
 from utils.job import Job, wall_times
 from utils.losses import online_distillation
 from utils.metrics import evaluate
+from utils.options import completed
 
 CPU = torch.device("cpu")
 META = from_plain(Meta, meta(num_students=2, num_classes=4, classes=list("abcd")))

@@ -24,11 +24,11 @@ from model.external import is_file
 from model.online import Ensemble
 from model.weights import build_with, fingerprint
 from utils import normalization
-from utils.config import as_typed, changed_flag, completed
 from utils.errors import UserError
 from utils.files import Malformed, atomic_write, from_plain, is_plain, to_plain
 from utils.methods import METHODS
 from utils.metrics import Best, Scores
+from utils.options import as_typed, changed_flag, completed
 
 # What readers take from a recorded configuration: of any network, and of a training checkpoint.
 CONFIG = {"dataset": str, "data_dir": str | None, "image_size": int | None, "train_size": float | None}

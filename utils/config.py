@@ -294,7 +294,7 @@ class Config:
 
     def recorded(self) -> dict[str, Any]:
         """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
-        values = {field.name: getattr(self, field.name) for field in flags() if field.metadata.get("recorded", True)}
+        values = {field.name: getattr(self, field.name) for field in flags() if is_recorded(field)}
         if self.data_dir:
             values["data_dir"] = self.data_dir.resolve()  # for finetune.py, which may run in another folder
         if str(self.arch).endswith(".py"):
@@ -307,10 +307,12 @@ def flags() -> Iterator[dataclasses.Field]:
     return (field for field in dataclasses.fields(Config) if "group" in field.metadata)
 
 
+def is_recorded(field: dataclasses.Field) -> bool:
+    """Whether a flag is part of the recorded configuration."""
+    return field.metadata.get("recorded", True)
+
+
 _NAMES = {field.name: field.metadata.get("name", field.name) for field in flags()}
-MAY_CHANGE = {_NAMES[field.name] for field in flags() if field.metadata.get("may_change")}
-# Flags from which defaults of others follow.
-CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
 
 
 def is_open(default: Any) -> bool:
@@ -321,38 +323,3 @@ def is_open(default: Any) -> bool:
 def flag_name(field: str) -> str:
     """The flag of a field of `Config`, without its dashes."""
     return _NAMES[field]
-
-
-def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration, in which flags that its version did not have get the value for what it did."""
-    method = "scratch" if config.get("pretrain") else "od"
-    if config.get("refine"):
-        method = "kd" if config.get("miu") else "scratch"
-    new = dict.fromkeys(("warmup_epochs", "rampup_epochs"), 0.0) | dict.fromkeys(("detach_teacher", "sync_bn"), False)
-    sizes = dict.fromkeys(("image_size", "train_size"))
-    new["init"] = None if config.get("refine") else "random"
-    return new | sizes | {"method": method, "accumulate": 1, "teacher_norm": None} | config
-
-
-def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The name of a flag that makes a run another one; None if there is none.
-
-    Args:
-        was, now: recorded configurations: of the run, and of the flags with which it is to go on.
-    """
-    if bool(was.get("teacher_dir")) != bool(now.get("teacher_dir")):
-        return "teacher_dir"
-    fixed = now.keys() - MAY_CHANGE
-    if now.get("scheduler") == "cosine":  # whose rate depends on the number of epochs
-        fixed |= {"num_epochs"}
-    if now.get("refine"):  # finetune.py's method follows from --miu
-        fixed -= {"method"}
-    return next((name for name in (*CAUSES, *sorted(fixed)) if name in fixed and was.get(name) != now[name]), None)
-
-
-def as_typed(name: str, value: Any) -> str:
-    """For messages: "with --lr_decay_step 150 225", "without --sync_bn"."""
-    if value is None or value is False:
-        return f"without --{name}"
-    values = [] if value is True else value if isinstance(value, list) else [value]
-    return " ".join([f"with --{name}", *map(str, values)])

@@ -12,7 +12,7 @@ from dataclasses import Field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config import LAST, MAY_CHANGE, RESUME_LAST, Config, as_typed, changed_flag, flag_name, flags, is_open
+from utils.config import LAST, RESUME_LAST, Config, flag_name, flags, is_open, is_recorded
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -27,6 +27,9 @@ _SUBJECT = (
 )  # fmt: skip
 # Fields that describe a network, and their keys in the metadata of its file.
 _STATED = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
+MAY_CHANGE = {flag_name(field.name) for field in flags() if field.metadata.get("may_change")}
+# Flags from which defaults of others follow.
+_CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
 
 
 class Parser(argparse.ArgumentParser):
@@ -240,3 +243,44 @@ def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
     if found.get("data_dir"):
         found["data_dir"] = Path(found["data_dir"])
     return replace(config, **found)
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, with the values that describe its version for flags that it did not have yet."""
+    method = "scratch" if config.get("pretrain") else "od"
+    if config.get("refine"):
+        method = "kd" if config.get("miu") else "scratch"
+    off = {flag_name(field.name): False for field in flags() if field.default is False and is_recorded(field)}
+    then = {
+        "method": method,
+        "init": None if config.get("refine") else "random",
+        "warmup_epochs": 0.0,
+        "rampup_epochs": 0.0,
+        "accumulate": 1,
+        **dict.fromkeys(("teacher_norm", "image_size", "train_size")),
+    }
+    return off | then | config
+
+
+def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The name of a flag that makes a run another one; None if there is none.
+
+    Args:
+        was, now: recorded configurations: of the run, and of the flags with which it is to go on.
+    """
+    if bool(was.get("teacher_dir")) != bool(now.get("teacher_dir")):
+        return "teacher_dir"
+    fixed = now.keys() - MAY_CHANGE
+    if now.get("scheduler") == "cosine":  # whose rate depends on the number of epochs
+        fixed |= {"num_epochs"}
+    if now.get("refine"):  # finetune.py's method follows from --miu
+        fixed -= {"method"}
+    return next((name for name in (*_CAUSES, *sorted(fixed)) if name in fixed and was.get(name) != now[name]), None)
+
+
+def as_typed(name: str, value: Any) -> str:
+    """For messages: "with --lr_decay_step 150 225", "without --sync_bn"."""
+    if value is None or value is False:
+        return f"without --{name}"
+    values = [] if value is True else value if isinstance(value, list) else [value]
+    return " ".join([f"with --{name}", *map(str, values)])
