@@ -105,9 +105,9 @@ def test_checkpoints_are_the_same_whatever_trained_them():
         trainer.best = Best(epoch=1, student=0, accuracy=50.0, loss=1.0)
         states.append(trainer._state({}))
     fast, plain = states
-    layouts = [{key: (x.dtype, x.shape, x.stride()) for key, x in state["model"].items()} for state in states]
+    layouts = [{key: (x.dtype, x.shape, x.stride()) for key, x in state.model.items()} for state in states]
     assert layouts[0] == layouts[1]
-    assert fast["optimizer"]["param_groups"] == plain["optimizer"]["param_groups"]
+    assert fast.optimizer["param_groups"] == plain.optimizer["param_groups"]
 
 
 def test_a_learning_rate_and_a_rampup_in_memory_train_the_same_and_is_saved_as_a_number():
@@ -116,10 +116,10 @@ def test_a_learning_rate_and_a_rampup_in_memory_train_the_same_and_is_saved_as_a
     for (losses, correct), (wanted, wanted_correct) in zip(returned, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-6)
         assert correct == wanted_correct
-    rates = [t._state({})["optimizer"]["param_groups"][0]["lr"] for t in (plain, trainer)]
+    rates = [t._state({}).optimizer["param_groups"][0]["lr"] for t in (plain, trainer)]
     assert all(type(rate) is float for rate in rates)
     assert rates[1] == pytest.approx(rates[0])
-    trainer.optimizer.load_state_dict(copy.deepcopy(trainer._state({})["optimizer"]))
+    trainer.optimizer.load_state_dict(copy.deepcopy(trainer._state({}).optimizer))
     trainer.set_rates(0.5, rampup=1.0)
     assert trainer.optimizer.param_groups[0]["lr"] is trainer.on_device[0]
 

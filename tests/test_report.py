@@ -136,7 +136,7 @@ def test_a_student_with_logits_that_are_not_finite_is_not_refined(tree):
     """Finite weights that compute NaN: a variance below zero."""
     job = student(tree, "job")
     content = checkpoint.load(job / "resnet_pruned_18.pt")
-    content["state_dict"]["bn1.running_var"].fill_(-1)
+    content.state_dict["bn1.running_var"].fill_(-1)
     checkpoint.save(tree / "broken.pt", content)
     flags = ("--refine", tree / "broken.pt", "--pruned", "--num_epochs", 1, "--job_dir", tree / "refined")
     with pytest.raises(UserError, match="not finite on the validation set"):

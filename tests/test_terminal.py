@@ -60,5 +60,6 @@ def test_a_closed_standard_error_keeps_the_exit_code():
 
 def test_of_the_processes_of_torchrun_the_first_has_a_standard_output():
     code = "print('result'); errors.exit_with('wrong')"
-    assert guarded(code, RANK="0") == ("result\n", "error: wrong\n", 2)
-    assert guarded(code, RANK="1") == ("", "error (process 1): wrong\n", 2)
+    assert guarded(code, RANK="0", WORLD_SIZE="2") == ("result\n", "error: wrong\n", 2)
+    assert guarded(code, RANK="1") == guarded(code) == ("result\n", "error: wrong\n", 2)  # nobody else started it
+    assert guarded(code, RANK="1", WORLD_SIZE="2") == ("", "error (process 1): wrong\n", 2)

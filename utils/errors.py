@@ -19,9 +19,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def announced_rank() -> str:
+    """Rank that torchrun announced to this process; "0" without torchrun, which sets WORLD_SIZE as well."""
+    return os.environ.get("RANK") or "0" if os.environ.get("WORLD_SIZE") else "0"
+
+
 def exit_with(error: object) -> NoReturn:
     """Print the error in one line to stderr and end the process with code 2."""
-    rank = os.environ.get("RANK") or "0"  # set by torchrun
+    rank = announced_rank()
     start = "error:" if rank == "0" else f"error (process {rank}):"
     print(start, " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
@@ -75,11 +80,10 @@ def guard() -> None:
 
     Under torchrun, only the first process writes to standard output.
     """
-    first = (os.environ.get("RANK") or "0") == "0"
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         if getattr(sys, name) is not original:
             continue
-        if original is None or (name == "stdout" and not first):
+        if original is None or (name == "stdout" and announced_rank() != "0"):
             setattr(sys, name, text_stream(os.open(os.devnull, os.O_WRONLY), "utf-8"))
         else:
             setattr(sys, name, text_stream(original.fileno(), original.encoding))

@@ -11,6 +11,8 @@ from itertools import pairwise
 from types import FrameType
 from typing import NoReturn, TypeVar
 
+from utils.errors import announced_rank
+
 REQUESTS = (signal.SIGINT, signal.SIGTERM)  # of people: Ctrl-C, kill
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of terminals, schedulers and limits
 SIGNALS = REQUESTS + WARNINGS
@@ -60,7 +62,7 @@ class Interruption:
         """Print the line and raise SystemExit."""
         start = "\n" if sys.stderr.isatty() else ""  # below the progress bar, or the ^C that the terminal shows
         line = f"{start}interrupted by {signal.Signals(self.pending).name}: {self.message}\n"
-        if (os.environ.get("RANK") or "0") == "0":  # of the processes that torchrun started, one speaks
+        if announced_rank() == "0":  # one process of many speaks
             with suppress(OSError):  # the terminal may be closed
                 # A signal may come while Python's own buffers are in use.
                 os.write(2, line.encode(errors="surrogateescape"))
