@@ -5,9 +5,11 @@ import shlex
 import subprocess
 
 import pytest
+from PIL import Image
 
+import model
 from experiment import classify, study
-from tests.helpers import ROOT
+from tests.helpers import ROOT, succeed
 from utils import options
 from utils.config import flag_name, flags, is_open
 
@@ -21,14 +23,42 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_readme_are_accepted(command):
+def test_commands_of_the_readmes_are_accepted(command):
+    """Trainings take hours, or need data or devices: their flags are parsed alone."""
     script, *flags = shlex.split(command)
     options.parse(script.removesuffix(".py"), flags)
 
 
-def test_the_readme_s_way_to_classify_is_accepted():
-    (command,) = re.findall(r"^python experiment/classify\.py (.*)$", READMES[0], flags=re.MULTILINE)
-    assert len(classify.parse(shlex.split(command)).images) == 2
+STUDENT = "experiment/digits/refined/resnet_pruned_18"
+
+
+def test_python_of_the_readme_runs(runs, capsys):
+    load, convert = re.findall(r"^```python\n(.*?)^```", READMES[0], flags=re.MULTILINE | re.DOTALL)
+    exec(load.replace(STUDENT, str(runs.refined / "resnet_pruned_18")), {})
+    assert "resnet_20_sparse depthwise" in capsys.readouterr().out
+    names = {"network": model.build("resnet_20")}
+    exec(convert, names)
+    assert names["count"] == 18
+
+
+def test_export_and_classification_of_the_readme_run(runs, tmp_path, capsys):
+    """With a student, a folder and images that are there."""
+    export, classification = (line for line in READMES[0].splitlines() if f"{STUDENT}." in line and "python" in line)
+    place = {
+        f"{STUDENT}.pt": runs.refined / "resnet_pruned_18.pt",
+        f"{STUDENT}.onnx": tmp_path / "resnet_pruned_18.onnx",
+    }
+    place |= {"experiment/digits/refined": tmp_path, "IMAGE.png": tmp_path / "a.png", "ANOTHER.jpg": tmp_path / "b.jpg"}
+    _, script, *words = shlex.split(export)
+    assert "ONNX Runtime finds the class" in succeed(script, *(place.get(word, word) for word in words))
+    for image in (place["IMAGE.png"], place["ANOTHER.jpg"]):
+        Image.new("RGB", (20, 10), "white").save(image)
+    _, _, *words = shlex.split(classification)
+    assert classify.main([str(place[word]) for word in words]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{tmp_path}/a.png",
+        f"{tmp_path}/b.jpg",
+    ]
 
 
 def test_readme_has_the_commands_of_the_paper_s_repository_to_the_letter():
