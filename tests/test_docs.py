@@ -33,7 +33,7 @@ STUDENT = "experiment/digits/refined/resnet_pruned_18"
 
 
 def test_python_of_the_readme_runs(runs, capsys):
-    load, convert = re.findall(r"^```python\n(.*?)^```", READMES[0], flags=re.MULTILINE | re.DOTALL)
+    convert, load = re.findall(r"^```python\n(.*?)^```", READMES[0], flags=re.MULTILINE | re.DOTALL)
     exec(load.replace(STUDENT, str(runs.refined / "resnet_pruned_18")), {})
     assert "resnet_20_sparse depthwise" in capsys.readouterr().out
     names = {"network": model.build("resnet_20")}
@@ -44,21 +44,21 @@ def test_python_of_the_readme_runs(runs, capsys):
 def test_export_and_classification_of_the_readme_run(runs, tmp_path, capsys):
     """With a student, a folder and images that are there."""
     export, classification = (line for line in READMES[0].splitlines() if f"{STUDENT}." in line and "python" in line)
+    images = [tmp_path / "a.png", tmp_path / "b.jpg"]
     place = {
         f"{STUDENT}.pt": runs.refined / "resnet_pruned_18.pt",
         f"{STUDENT}.onnx": tmp_path / "resnet_pruned_18.onnx",
+        "experiment/digits/refined": tmp_path,
+        "IMAGE.png": images[0],
+        "ANOTHER.jpg": images[1],
     }
-    place |= {"experiment/digits/refined": tmp_path, "IMAGE.png": tmp_path / "a.png", "ANOTHER.jpg": tmp_path / "b.jpg"}
     _, script, *words = shlex.split(export)
     assert "ONNX Runtime finds the class" in succeed(script, *(place.get(word, word) for word in words))
-    for image in (place["IMAGE.png"], place["ANOTHER.jpg"]):
+    for image in images:
         Image.new("RGB", (20, 10), "white").save(image)
     _, _, *words = shlex.split(classification)
     assert classify.main([str(place[word]) for word in words]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"{tmp_path}/a.png",
-        f"{tmp_path}/b.jpg",
-    ]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(map(str, images))
 
 
 def test_readme_has_the_commands_of_the_paper_s_repository_to_the_letter():
