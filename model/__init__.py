@@ -3,8 +3,8 @@
 To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
 `(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order
 (model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have. The
-file may also define `from_public`, for checkpoints that other projects publish, and `variant_for`, for networks whose
-form depends on the size of the images; see the functions of these names below.
+file may also define `variant_for`, for networks whose form depends on the size of the images; see the function of this
+name below.
 
 The networks of torchvision, of timm and of Python files (model/external.py) have the same names, with their `arch`.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from model import external
 from model.conv import cheap_convs, standard_convs, subsample_first
@@ -69,18 +69,6 @@ def variant_for(arch: str, name: str, input_size: Sequence[int]) -> dict[str, An
         return {"input_size": list(input_size)}
     module = ARCHITECTURES[arch]
     return module.variant_for(name.removesuffix(SPARSE), input_size) if hasattr(module, "variant_for") else {}
-
-
-def from_public(arch: str, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict that another project published, for a network of the architecture `arch`.
-
-    Returns:
-        The weights under this project's keys, and the keyword arguments of `build` for the variant that they are of.
-    """
-    if external.is_external(arch):
-        return external.from_public(weights), {}
-    module = ARCHITECTURES[arch]
-    return module.from_public(weights) if hasattr(module, "from_public") else (weights, {})
 
 
 def _check_name(name: str, known: list[str], what: str) -> None:

@@ -4,19 +4,17 @@ import difflib
 import functools
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from torch import Tensor, nn
+from torch import nn
 
 from model.convert import cheapen, replaceable_convs
 from model.split import check_features, follows_protocol, split
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS, MeanStd
 
 LIBRARIES = ("torchvision", "timm")
 FROM_TENSORFLOW = ("googlenet", "inception_v3")  # torchvision's published weights are converted from there
@@ -96,23 +94,6 @@ def student(
             split(network, input_size)
         check_features(network, name, input_size)
     return network
-
-
-def normalization(arch: str, name: str) -> MeanStd | None:
-    """Mean and std with which a library's published weights of `name` were trained; None where nothing is known."""
-    if arch == "timm":
-        published = importlib.import_module("timm").get_pretrained_cfg(name)
-        return (tuple(published.mean), tuple(published.std)) if published else None
-    if arch == "torchvision":
-        return ((0.5,) * 3, (0.5,) * 3) if name in FROM_TENSORFLOW else NORMALIZATIONS["imagenet"]
-    return None
-
-
-def from_public(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's files keep auxiliary classifiers, which only training uses, and old names of DenseNet's layers."""
-    auxiliary = re.compile(r"(aux\d|AuxLogits)\.")
-    old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-    return {old_name.sub(r"\1\2.", key): value for key, value in weights.items() if not auxiliary.match(key)}
 
 
 def _library(arch: str) -> tuple[Callable[..., nn.Module], list[str]]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import FusedSequential
-from model.public import fold_biases, rename
 
 # Channels of each inception: 1 x 1; reduction and 3 x 3; reduction and the pair of 3 x 3; projection after the pool.
 INCEPTIONS = {
@@ -95,17 +94,3 @@ class GoogLeNet(nn.Module):
 
 
 NETWORKS = {"googlenet": GoogLeNet}
-
-# What GAL calls differently.
-PUBLIC_NAMES = {
-    r"^inception_": "",
-    r"\.branch1x1\.": ".b1.",
-    r"\.branch3x3\.": ".b2.",
-    r"\.branch5x5\.": ".b3.",
-    r"\.branch_pool\.": ".b4.",
-}
-
-
-def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """GoogLeNets of kuangliu and GAL."""
-    return fold_biases(rename(weights, PUBLIC_NAMES)), {}

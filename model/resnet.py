@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
-from model.public import rename
 from utils.errors import UserError
 
 STEMS = ("cifar", "imagenet")
@@ -189,24 +188,3 @@ def variant_for(name: str, input_size: tuple[int, int, int]) -> dict[str, str]:
     if name not in IMAGENET:
         return {}
     return {"stem": "cifar" if min(input_size[1:]) < 64 else "imagenet"}
-
-
-# What torchvision, timm, akamaster, kuangliu and weiaicunzai call differently.
-PUBLIC_NAMES = {
-    r"^linear\.": "fc.",
-    r"\.downsample\.": ".shortcut.",
-    r"^conv1\.0\.": "conv1.",
-    r"^conv1\.1\.": "bn1.",
-    **{rf"^conv{stage + 1}_x\.": f"layer{stage}." for stage in (1, 2, 3, 4)},
-    **{rf"\.residual_function\.{3 * i}\.": f".conv{i + 1}." for i in (0, 1, 2)},
-    **{rf"\.residual_function\.{3 * i + 1}\.": f".bn{i + 1}." for i in (0, 1, 2)},
-}
-
-
-def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """ResNets of chenyaofo, akamaster, GAL, RepDistiller, kuangliu, weiaicunzai, torchvision and timm."""
-    weights = rename(weights, PUBLIC_NAMES)
-    # Shortcuts without weights are those of option A.
-    shortcut = "B" if any(".shortcut." in key for key in weights) else "A"
-    stem = "imagenet" if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (7, 7) else "cifar"
-    return weights, {"shortcut": shortcut, "stem": stem}

@@ -1,16 +1,13 @@
 """VGG-16 and VGG-19 with BatchNorm (Simonyan and Zisserman, arXiv 1409.1556, table 1, D and E) as used on CIFAR."""
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from model.conv import ConvPlan, initialize, standard_conv, standard_convs
 from model.fused import FusedSequential
-from model.public import fold_biases, rename
 from utils.errors import UserError
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -79,24 +76,3 @@ def _classifier(kind: str, in_features: int, hidden: int, num_classes: int) -> n
 
 
 NETWORKS = {name: partial(VGG, depths) for name, depths in DEPTHS.items()}
-
-
-def from_public(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """VGGs of chenyaofo ("mlp"), weiaicunzai ("mlp" of 4096 units), GAL ("norm") and kuangliu ("linear")."""
-    weights = fold_biases(rename(weights, _numbered(weights)))
-    for classifier, first in (("mlp", "classifier.0.bias"), ("norm", "classifier.linear1.bias")):
-        if first in weights:
-            return weights, {"classifier": classifier, "hidden": weights[first].numel()}
-    return weights, {}
-
-
-def _numbered(weights: dict[str, Tensor]) -> dict[str, str]:
-    """GAL's names of the feature layers, `conv{i}` and `norm{i}`, to their places in `features`."""
-    found = {int(match[1]) for key in weights if (match := re.match(r"features\.conv(\d+)\.", key))}
-    depths = next((depths for depths in DEPTHS.values() if sum(depths) == len(found)), ())
-    # Three layers a convolution, and the max pools of the stages before.
-    places = [3 * i + stage for i, stage in enumerate(s for s, depth in enumerate(depths) for _ in range(depth))]
-    names = {}
-    for i, place in zip(sorted(found), places, strict=False):
-        names |= {rf"^features\.conv{i}\.": f"features.{place}.", rf"^features\.norm{i}\.": f"features.{place + 1}."}
-    return names

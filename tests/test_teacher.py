@@ -10,7 +10,7 @@ import data
 import model
 from data.loader import Batches
 from data.sources import Split
-from model import external
+from model import published
 from tests.helpers import fail, meta, succeed
 from utils import checkpoint, options
 from utils.checkpoint import Meta
@@ -94,7 +94,8 @@ def test_exported_teacher_says_how_it_was_trained(tmp_path):
     ],
 )
 def test_libraries_state_the_normalization_of_their_weights(arch, name, expected):
-    assert external.normalization(arch, name) == expected
+    network = model.build(name, arch=arch)
+    assert published.read(network.state_dict(), arch, name, "a file").normalization == expected
 
 
 def test_library_weights_load_as_their_files_are(tmp_path):

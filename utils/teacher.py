@@ -13,21 +13,16 @@ from torch import Tensor, nn
 
 from data.loader import Batches
 from data.sources import DataSet, first_difference
-from model import architecture_of, build, external, from_public, variant_for
+from model import architecture_of, build, published, variant_for
 from model.convert import add_noise, inherit, not_inherited
 from model.weights import build_with
 from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, load_network
 from utils.config import Config
 from utils.cost import check_fits
 from utils.errors import UserError
-from utils.files import is_state_dict
 from utils.metrics import Accuracy, accuracy
-from utils.normalization import NORMALIZATIONS, MeanStd, parse
+from utils.normalization import MeanStd, parse
 
-# Where public training scripts keep the state dict, and what DataParallel and torch.compile put before its keys.
-WRAPPERS = ("state_dict", "model", "net")
-SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
-PREFIXES = ("module.", "_orig_mod.")
 NOISE = 0.3  # of each kernel's standard deviation, in students that start from a teacher's weights
 
 
@@ -240,41 +235,14 @@ def _load_teacher(
         network, _ = load_network(file, arch)
         wanted = meta.mean, meta.std
     else:
-        published = _state_dict(content, file)
-        weights, told = from_public(arch, published)
-        variant = (variant or {}) | told
-        builder = partial(build, name, num_classes, arch=arch, **variant)
-        network = build_with(weights, builder, f"{file} as {name} with {num_classes} classes")
-        wanted = _published_normalization(content, published, arch, name, variant)
+        found = published.read(content, arch, name, str(file))
+        builder = partial(build, name, num_classes, arch=arch, **(variant or {}) | found.variant)
+        network = build_with(found.weights, builder, f"{file} as {name} with {num_classes} classes")
+        wanted = found.normalization
     wanted = parse(norm) if norm else wanted
     if given and wanted and not np.allclose(given, wanted):
         network = Renormalized(network, given, wanted)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
-
-
-def _published_normalization(
-    content: dict[str, Any], weights: dict[str, Tensor], arch: str, name: str, variant: dict[str, Any]
-) -> MeanStd | None:
-    """What the project that a public checkpoint comes from normalizes by, as far as its layout and its site tell.
-
-    akamaster/pytorch_resnet_cifar10, weiaicunzai/pytorch-cifar100, kuangliu/pytorch-cifar, ShaohuiLin/GAL; the
-    libraries' networks, and ResNets with ImageNet's stem.
-    """
-    if external.is_external(arch):
-        return external.normalization(arch, name)
-    if any("residual_function" in key for key in weights) or variant.get("hidden") == 4096:  # weiaicunzai
-        return NORMALIZATIONS["cifar100"]
-    if "net" in content:  # kuangliu
-        return NORMALIZATIONS["cifar"]
-    if variant.get("stem") == "imagenet":
-        return NORMALIZATIONS["imagenet"]
-    if "state_dict" in content:
-        if arch == "resnet" and "linear.weight" in weights:  # akamaster
-            return NORMALIZATIONS["imagenet"]
-        of_gal = {"features.conv0.weight", "dense1.0.conv1.weight"} & weights.keys()
-        if of_gal or variant.get("shortcut") == "A":
-            return NORMALIZATIONS["cifar"]
-    return None
 
 
 def find_file(path: Path, name: str) -> Path:
@@ -289,29 +257,13 @@ def find_file(path: Path, name: str) -> Path:
         return path
     if (path / f"{name}.pt").is_file():
         return path / f"{name}.pt"
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = sorted(file for file in path.iterdir() if file.suffix in published.SUFFIXES and file.is_file())
     if not found:
-        raise UserError(f"--teacher_dir {path} holds no checkpoint ({_listed(SUFFIXES)}): name the file itself")
+        suffixes = _listed(published.SUFFIXES)
+        raise UserError(f"--teacher_dir {path} holds no checkpoint ({suffixes}): name the file itself")
     if len(found) > 1:
         raise UserError(f"--teacher_dir {path} holds {_listed(file.name for file in found)}: name one of them")
     return found[0]
-
-
-def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    """The tensors of a public checkpoint, out of their wrapping."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not is_state_dict(content):
-        raise UserError(f"{file} holds no state dict, neither bare nor under {_listed(WRAPPERS)}")
-    return {_without_prefixes(key): value for key, value in content.items()}
-
-
-def _without_prefixes(key: str) -> str:
-    while key.startswith(PREFIXES):
-        key = key.partition(".")[2]
-    return key
 
 
 def _read(file: Path) -> Any:

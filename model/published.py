@@ -1,0 +1,239 @@
+"""Checkpoints that other projects published, as state dicts for this project's networks.
+
+`PROJECTS` has one entry a project. Files are recognized by their keys and by the key under which they keep the state
+dict. The keys of all projects are renamed in a file of any, so that a file that was saved again without its wrapper
+loads, too; only its normalization is then unknown.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from model.external import FROM_TENSORFLOW, is_external
+from utils.errors import UserError
+from utils.files import is_state_dict
+from utils.normalization import NORMALIZATIONS, MeanStd
+
+SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
+WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts save the state dict
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+Names = dict[str, str | None]  # regular expression -> replacement, or None to drop the key
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint under this project's keys.
+
+    Attributes:
+        variant: keyword arguments of `model.build` for the variant of the network that the weights fit.
+        normalization: mean and std of the images that it was trained on; None if unknown.
+    """
+
+    weights: dict[str, Tensor]
+    variant: dict[str, Any]
+    normalization: MeanStd | None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A published checkpoint before its keys are renamed. `wrapper` is the one of WRAPPERS that it has, if any."""
+
+    arch: str
+    wrapper: str | None
+    weights: dict[str, Tensor]
+    variant: dict[str, Any]
+
+    def has(self, pattern: str) -> bool:
+        return any(re.search(pattern, key) for key in self.weights)
+
+
+@dataclass(frozen=True)
+class Project:
+    """What is known about the checkpoints of one project.
+
+    Attributes:
+        recognizes: whether a file is one of the project's.
+        names: renaming of keys for each architecture, applied in order; the keys of a file may be needed to know it.
+        normalization: mean and std of training for a network name; None if the project does not state them.
+    """
+
+    name: str
+    recognizes: Callable[[_File], bool]
+    names: dict[str, Names | Callable[[Mapping[str, Tensor]], Names]] = field(default_factory=dict)
+    normalization: Callable[[str], MeanStd | None] = lambda name: None
+
+
+def read(content: Any, arch: str, name: str, source: str) -> Published:
+    """Read the content of a published checkpoint for the network `name` of the architecture `arch`.
+
+    Raises:
+        UserError: it contains no state dict, neither bare nor under one of WRAPPERS.
+    """
+    wrapper = next((key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    weights = content[wrapper] if wrapper else content
+    if not is_state_dict(weights):
+        raise UserError(
+            f"{source} holds no state dict, neither bare nor under {', '.join(WRAPPERS[:-1])} and {WRAPPERS[-1]}"
+        )
+    original = {_without_prefixes(key): value for key, value in weights.items()}
+    weights = original
+    for project in PROJECTS:
+        names = project.names.get("torchvision" if is_external(arch) else arch, {})
+        weights = _rename(weights, names(weights) if callable(names) else names)
+    if arch in ("vgg", "googlenet"):
+        weights = _fold_biases(weights)
+    variant = _VARIANTS[arch](weights) if arch in _VARIANTS else {}
+    file = _File(arch, wrapper, original, variant)
+    project = next((project for project in PROJECTS if project.recognizes(file)), None)
+    return Published(weights, variant, project.normalization(name) if project else None)
+
+
+def _normalized_as(key: str) -> Callable[[str], MeanStd]:
+    return lambda name: NORMALIZATIONS[key]
+
+
+def _torchvision_normalization(name: str) -> MeanStd:
+    return ((0.5,) * 3, (0.5,) * 3) if name in FROM_TENSORFLOW else NORMALIZATIONS["imagenet"]
+
+
+def _timm_normalization(name: str) -> MeanStd | None:
+    published = importlib.import_module("timm").get_pretrained_cfg(name)
+    return (tuple(published.mean), tuple(published.std)) if published else None
+
+
+def _gal_vgg_names(weights: Mapping[str, Tensor]) -> Names:
+    """GAL numbers convolutions and max pools, `features` here convolutions, BatchNorms, ReLUs and max pools."""
+    indices = sorted({int(match[1]) for key in weights if (match := re.match(r"features\.conv(\d+)\.", key))})
+    names = {}
+    for before, index in enumerate(indices):  # `before` convolutions precede it, each with BatchNorm and ReLU
+        place = index + 2 * before
+        names[rf"^features\.conv{index}\."] = f"features.{place}."
+        names[rf"^features\.norm{index}\."] = f"features.{place + 1}."
+    return names
+
+
+# The first entry that recognizes a file gives its normalization.
+PROJECTS = (
+    Project("timm", lambda file: file.arch == "timm", normalization=_timm_normalization),
+    Project(
+        "torchvision",
+        lambda file: file.arch == "torchvision",
+        {
+            "torchvision": {
+                r"^(aux\d|AuxLogits)\.": None,  # auxiliary classifiers, for training only
+                r"(denselayer\d+\.(?:norm|conv))\.([12])\.": r"\1\2.",  # old names of DenseNet's layers
+            }
+        },
+        _torchvision_normalization,
+    ),
+    Project("a Python file", lambda file: is_external(file.arch)),
+    Project(
+        "weiaicunzai/pytorch-cifar100",
+        lambda file: file.has(r"residual_function") or file.variant.get("hidden") == 4096,
+        {
+            "resnet": {
+                r"^conv1\.0\.": "conv1.",
+                r"^conv1\.1\.": "bn1.",
+                **{rf"^conv{stage + 1}_x\.": f"layer{stage}." for stage in (1, 2, 3, 4)},
+                **{rf"\.residual_function\.{3 * i}\.": f".conv{i + 1}." for i in (0, 1, 2)},
+                **{rf"\.residual_function\.{3 * i + 1}\.": f".bn{i + 1}." for i in (0, 1, 2)},
+            }
+        },
+        _normalized_as("cifar100"),
+    ),
+    Project(
+        "kuangliu/pytorch-cifar",
+        lambda file: file.wrapper == "net",
+        {"resnet": {r"^linear\.": "fc."}},
+        _normalized_as("cifar"),
+    ),
+    Project(
+        "ResNets of torchvision and timm for ImageNet",
+        lambda file: file.variant.get("stem") == "imagenet",
+        {"resnet": {r"\.downsample\.": ".shortcut."}},
+        _normalized_as("imagenet"),
+    ),
+    Project(
+        "akamaster/pytorch_resnet_cifar10",
+        lambda file: file.wrapper == "state_dict" and file.arch == "resnet" and file.has(r"^linear\.weight$"),
+        {"resnet": {r"^linear\.": "fc."}},
+        _normalized_as("imagenet"),
+    ),
+    Project(
+        "ShaohuiLin/GAL",
+        lambda file: (
+            file.wrapper == "state_dict"
+            and (file.variant.get("shortcut") == "A" or file.has(r"^(features\.conv0|dense1\.0\.conv1)\.weight$"))
+        ),
+        {
+            "vgg": _gal_vgg_names,
+            "googlenet": {
+                r"^inception_": "",
+                r"\.branch1x1\.": ".b1.",
+                r"\.branch3x3\.": ".b2.",
+                r"\.branch5x5\.": ".b3.",
+                r"\.branch_pool\.": ".b4.",
+            },
+        },
+        _normalized_as("cifar"),
+    ),
+    Project(
+        "chenyaofo/pytorch-cifar-models, RepDistiller, mdistiller",  # have the same keys, and state no normalization
+        lambda file: file.arch in ("resnet", "vgg"),
+        {"resnet": {r"\.downsample\.": ".shortcut."}},
+    ),
+)
+
+
+def _resnet_variant(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    shortcut = "B" if any(".shortcut." in key for key in weights) else "A"  # option A has no weights
+    stem = "imagenet" if "conv1.weight" in weights and weights["conv1.weight"].shape[2:] == (7, 7) else "cifar"
+    return {"shortcut": shortcut, "stem": stem}
+
+
+def _vgg_variant(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    for classifier, first in (("mlp", "classifier.0.bias"), ("norm", "classifier.linear1.bias")):
+        if first in weights:
+            return {"classifier": classifier, "hidden": weights[first].numel()}
+    return {}
+
+
+_VARIANTS = {"resnet": _resnet_variant, "vgg": _vgg_variant}
+
+
+def _without_prefixes(key: str) -> str:
+    while key.startswith(PREFIXES):
+        key = key.partition(".")[2]
+    return key
+
+
+def _rename(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, name in names.items():
+            if name is not None:
+                key = re.sub(pattern, name, key)
+            elif re.search(pattern, key):
+                break
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def _fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fold the bias of each convolution before a BatchNorm in a Sequential into the running mean: equal in eval mode.
+
+    BatchNorm subtracts the running mean from the output of the convolution, bias included.
+    """
+    folded = dict(weights)
+    for key, bias in weights.items():
+        if match := re.fullmatch(r"(.+)\.(\d+)\.bias", key):
+            mean = f"{match[1]}.{int(match[2]) + 1}.running_mean"
+            if mean in weights and weights[mean].shape == bias.shape:
+                folded[mean] = weights[mean].float() - folded.pop(key).float()
+    return folded
