@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from model import external
-from model.conv import cheap_convs, standard_convs, subsample_first
+from model.conv import cheap_convs, standard_convs
+from model.subsample import subsample_first
 from utils.errors import UserError
 
 SPARSE = "_sparse"

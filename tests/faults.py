@@ -97,7 +97,7 @@ FAULTS = [
           "if residual is not None and not _fits(residual, x.dtype, size):", "if False:", "tests/test_fused.py"),
     Fault("kernels: hooks are skipped", "model/fused.py", "        or module._forward_hooks\n", "",
           "tests/test_fused.py"),
-    Fault("convolution: strided 1 x 1 as it is", "model/conv.py", "if skips and conv.padding in",
+    Fault("convolution: strided 1 x 1 as it is", "model/subsample.py", "if skips and conv.padding in",
           "if False and conv.padding in", "tests/test_conv.py tests/test_fused.py"),
     Fault("weights: kernels without their scale", "model/conv.py",
           "columns[..., :rank] = u[..., :rank] * root[:, None]", "columns[..., :rank] = u[..., :rank]",

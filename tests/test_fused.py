@@ -177,7 +177,7 @@ def test_other_kernel_sizes(kind, kernel_size):
 
 
 def test_a_student_that_is_evaluated_first_can_be_trained():
-    model.conv._shift_filters.cache_clear()
+    model.shift.shift_filters.cache_clear()
     conv, norm, x = CheapConv2d(48, 16, kind="shift"), nn.BatchNorm2d(16), channels_last(2, 48, 4, 4)
     with torch.inference_mode():
         fused.conv_norm_relu(conv.eval(), norm.eval(), x)
