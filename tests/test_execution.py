@@ -8,6 +8,7 @@ from torch import nn
 
 import model
 from model import fused
+from model.kernels import library as compiled
 from model.online import OnlineTeacher
 from tests.helpers import fail, run_process, succeed
 from utils import options
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def as_it_was():
     yield
     fused.disable()
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
 
 
 def kernels_are_used():
@@ -72,7 +73,7 @@ def test_off_means_pytorch_alone():
 def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     assert str(used("auto")).startswith(f"{PLAIN} (no fused kernels: ")
     assert not kernels_are_used()
     with pytest.raises(UserError, match="--compile on has no fused kernels"):
@@ -82,7 +83,7 @@ def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path
 def test_where_the_cache_cannot_be_written_the_kernels_are_compiled_for_this_process(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     assert used("auto") == Execution(KERNELS)
     assert kernels_are_used()
 
@@ -91,7 +92,7 @@ def test_kernels_are_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     written = []
     for _ in range(2):
-        fused._load.cache_clear()
+        compiled._load.cache_clear()
         fused.enable()
         (library,) = (tmp_path / "od-cheap-convolution").iterdir()
         written.append(library.stat().st_mtime_ns)

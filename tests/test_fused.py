@@ -19,6 +19,7 @@ import model
 from model import fused
 from model.conv import KINDS, CheapConv2d, standard_conv
 from model.fused import FusedSequential
+from model.kernels import library as compiled
 from model.online import OnlineTeacher
 from tests.helpers import BUDGET
 from utils.losses import online_distillation
@@ -190,8 +191,8 @@ def inferred(monkeypatch):
     """The names of the kernels of inference that were called."""
     names = []
     for name in ("cheap_conv_infer", "norm_relu_infer"):
-        run = getattr(fused._library, name)
-        monkeypatch.setattr(fused._library, name, lambda *a, run=run, name=name: names.append(name) or run(*a))
+        run = getattr(compiled.current, name)
+        monkeypatch.setattr(compiled.current, name, lambda *a, run=run, name=name: names.append(name) or run(*a))
     return names
 
 
@@ -581,7 +582,7 @@ def test_a_fused_relu_runs_its_hooks(enabled):
 def compiler(tmp_path, monkeypatch):
     """A cache of its own, and a compiler that has the library ready and notes how it is called."""
     fused.enable()
-    (tmp_path / "kernels.so").write_bytes(Path(fused._library._name).read_bytes()[:-32])
+    (tmp_path / "kernels.so").write_bytes(Path(compiled.current._name).read_bytes()[:-32])
     script = tmp_path / "a compiler"
     script.write_text(
         f"""#!/bin/sh
@@ -596,9 +597,9 @@ esac
     script.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{script}' -m64")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     yield script
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
 
 
 def links(compiler):
@@ -617,7 +618,7 @@ def test_a_damaged_library_is_compiled_again(compiler, damage):
     damaged = {"nothing": content, "empty": b"", "cut off": content[:5000], "flipped byte": flipped}
     if damage in damaged:
         library.write_bytes(damaged[damage])
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     fused.enable()
     assert library.read_bytes() == content
     assert links(compiler) == (1 if damage == "nothing" else 2)
@@ -629,7 +630,7 @@ def test_the_library_belongs_to_what_native_means_to_the_compiler(compiler):
     fused.enable()
     first = fused.kernels_hash()
     compiler.write_text(compiler.read_text().replace("esac", "    *-E*) echo '#define __AVX2__ 1' ;;\nesac"))
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     fused.enable()
     assert fused.kernels_hash() != first
     assert links(compiler) == 2
@@ -643,7 +644,7 @@ def test_the_reason_given_is_the_first_line_that_says_error(compiler):
 
 def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused._load.cache_clear()
+    compiled._load.cache_clear()
     try:
         none = str(tmp_path / "none")
         for compiler, message in (("false", "false failed"), (none, "No such file"), ("'g++", "CXX='g.*quotation")):
@@ -651,4 +652,4 @@ def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):
             with pytest.raises(fused.KernelsUnavailable, match=message):
                 fused.enable()
     finally:
-        fused._load.cache_clear()
+        compiled._load.cache_clear()

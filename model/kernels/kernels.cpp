@@ -6,7 +6,7 @@
 // everything else, sums included, is float32 or double. Work is split by image into as many parts as there should be
 // threads, and their partial sums are added in order, so that a result depends on their number alone.
 //
-// model/fused.py compiles this file and calls the functions below.
+// library.py compiles this file, and compute.py calls the functions below.
 #include "conv.h"
 
 // Feature maps are float32 or, if half, bfloat16. `residual` may be null. `coefficients` are kept from a forward to its
