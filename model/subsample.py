@@ -1,4 +1,4 @@
-"""Strided 1 x 1 convolutions on the CPU: the pixels that they skip are dropped first."""
+"""Strided 1 x 1 convolutions on the CPU drop the pixels that they skip before they convolve."""
 
 from functools import partial
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 def subsample_first(network: nn.Module) -> nn.Module:
-    """Let the strided 1 x 1 convolutions of a network drop the pixels that they skip before they convolve, on the CPU.
+    """Let strided 1 x 1 convolutions of a network drop the pixels that they skip first, on the CPU and for gradients.
 
-    The result is the same, with less work. oneDNN's gradient of the weight of such a convolution in channels_last, with
-    fewer than 16 input channels (AVX2: 8), writes out of bounds. The modules stay nn.Conv2d, with their stride, and
-    exported graphs have the usual convolution.
+    The result is the same. oneDNN's gradient of the weight of such a convolution in channels_last, with fewer than 16
+    input channels (AVX2: 8), writes out of bounds. The modules stay nn.Conv2d, with their stride, and exported graphs
+    have the usual convolution.
 
     Returns:
         The network, changed in place.
@@ -26,7 +26,7 @@ def subsample_first(network: nn.Module) -> nn.Module:
 
 def _conv_subsampled(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """nn.Conv2d._conv_forward for a 1 x 1 kernel without padding."""
-    if not x.is_cpu or torch.compiler.is_exporting():
+    if not (x.is_cpu and torch.is_grad_enabled()) or torch.compiler.is_exporting():
         return F.conv2d(x, weight, bias, conv.stride, groups=conv.groups)
     return F.conv2d(_Subsample.apply(x, *conv.stride), weight, bias, groups=conv.groups)
 

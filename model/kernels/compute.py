@@ -11,7 +11,7 @@ from model.kernels.library import Norm, Shape
 
 def infer_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor:
     y, channels = torch.empty_like(x), x.shape[1]
-    tensors = *_pointers(x, residual), *_pointers(*vectors(norm)), norm.eps, y.data_ptr()
+    tensors = x.data_ptr(), _pointer(residual), *_norm_pointers(norm), norm.eps, y.data_ptr()
     library.current.norm_relu_infer(*tensors, x.numel() // channels, channels, *_run(x))
     return y
 
@@ -23,11 +23,12 @@ def infer_cheap_conv(
     if not filters.is_contiguous(memory_format=torch.channels_last):
         filters = filters.contiguous()
     (batch, channels, height, width), out_channels = x.shape, mixing.shape[0]
-    size = batch, out_channels, -(-height // stride), -(-width // stride)
-    z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
-    tensors = *_pointers(x, filters, mixing, residual), *_pointers(*vectors(norm)), norm.eps, z.data_ptr()
+    z = _empty(x, out_channels, stride)
+    tensors = x.data_ptr(), filters.data_ptr(), mixing.data_ptr(), _pointer(residual), *_norm_pointers(norm)
     shape = batch, height, width, channels, out_channels, stride
-    library.current.cheap_conv_infer(*tensors, *shape, filters.shape[1], filters.stride(3), *_run(x))
+    library.current.cheap_conv_infer(
+        *tensors, norm.eps, z.data_ptr(), *shape, filters.shape[1], filters.stride(3), *_run(x)
+    )
     return z
 
 
@@ -62,8 +63,7 @@ class CheapConvNormReLU(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         batch, channels, height, width = x.shape
         ctx.shape = shape = Shape(batch, height, width, channels, len(pointwise), stride)
-        size = batch, len(pointwise), -(-height // stride), -(-width // stride)
-        z = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+        z = _empty(x, len(pointwise), stride)
         y, coefficients = torch.empty_like(z), torch.empty(6, len(pointwise))
         ctx.save_for_backward(x, filters, pointwise, y, coefficients)
         inputs, outputs = _pointers(x, filters, pointwise, residual), _pointers(y, z, coefficients)
@@ -87,8 +87,26 @@ class CheapConvNormReLU(torch.autograd.Function):
         return grad_x, grad_filters, grad_pointwise, grad_weight, grad_bias, None, None, grad_residual
 
 
+def _empty(x: Tensor, channels: int, stride: int) -> Tensor:
+    """The output, not yet computed and in channels_last, of a 3 x 3 convolution of x with padding 1."""
+    batch, _, height, width = x.shape
+    height, width = -(-height // stride), -(-width // stride)
+    # torch.empty takes longer for its memory_format.
+    strides = height * width * channels, 1, width * channels, channels
+    return torch.empty_strided((batch, channels, height, width), strides, dtype=x.dtype)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return [_pointer(tensor) for tensor in tensors]
+
+
+def _norm_pointers(norm: nn.BatchNorm2d) -> tuple[int, int, int, int]:
+    weight, bias, mean, var = vectors(norm)
+    return weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), var.data_ptr()
 
 
 def _run(x: Tensor) -> tuple[bool, int]:
@@ -97,4 +115,4 @@ def _run(x: Tensor) -> tuple[bool, int]:
 
 
 def _norm(norm: nn.BatchNorm2d) -> Norm:
-    return Norm(*_pointers(*vectors(norm)), norm.eps, norm.momentum)
+    return Norm(*_norm_pointers(norm), norm.eps, norm.momentum)

@@ -1,10 +1,8 @@
 """Whether the kernels compute exactly what PyTorch's operators do with given modules and tensors.
 
-PyTorch computes or refuses everything else. These checks run before every call, and at batch 1 they cost as much as a
-small kernel, so each looks up its attributes at once (`attrgetter`).
+PyTorch computes or refuses everything else. These checks run before every call, and at batch 1 they take a
+third of its time.
 """
-
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,6 @@ LANES = 16  # channels come in multiples of it
 # With more channels, the matrix products of PyTorch's operators are faster; measured in experiment/PERFORMANCE.md.
 MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 64}
 _TENSORS = (Tensor, nn.Parameter)  # the data of subclasses need not be at data_ptr
-_FORM = attrgetter("is_cpu", "layout", "dtype", "shape")
 
 
 def is_computable(x: Tensor) -> bool:
@@ -88,11 +85,7 @@ def applies(norm: nn.BatchNorm2d, x: Tensor, size: tuple[int, ...], residual: Te
         return False
     if residual is not None and not _fits(residual, x.dtype, size):
         return False
-    form = True, torch.strided, torch.float32, (channels,)
-    for tensor in vectors(norm):
-        if type(tensor) not in _TENSORS or _FORM(tensor) != form or not tensor.is_contiguous():
-            return False
-    return True
+    return all(_fits(tensor, torch.float32, (channels,)) and tensor.is_contiguous() for tensor in vectors(norm))
 
 
 def is_itself(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -116,4 +109,10 @@ def vectors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
 
 
 def _fits(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return type(tensor) in _TENSORS and _FORM(tensor) == (True, torch.strided, dtype, shape)
+    return (
+        type(tensor) in _TENSORS
+        and tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+    )
