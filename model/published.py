@@ -9,6 +9,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -91,6 +92,22 @@ def read(content: Any, arch: str, name: str, source: str) -> Published:
     file = _File(arch, wrapper, original, variant)
     project = next((project for project in PROJECTS if project.recognizes(file)), None)
     return Published(weights, variant, project.normalization(name) if project else None)
+
+
+def load_safetensors(file: Path) -> dict[str, Tensor]:
+    """Load the state dict in a .safetensors file.
+
+    Raises:
+        UserError: the package safetensors is not installed, or the file is damaged.
+    """
+    try:
+        return importlib.import_module("safetensors.torch").load_file(file)
+    except ImportError as error:
+        raise UserError(
+            f"{file} needs the package safetensors, which is not installed: pip install safetensors"
+        ) from error
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"{file} cannot be read as safetensors: it is damaged or cut off") from error
 
 
 def _normalized_as(key: str) -> Callable[[str], MeanStd]:

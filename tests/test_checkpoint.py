@@ -239,7 +239,7 @@ def test_public_checkpoints_load_as_they_are(tmp_path, layout):
     torch.manual_seed(0)
     weights = randomize(model.build("resnet_20", shortcut=shortcut)).state_dict()
     torch.save(pack(weights), tmp_path / "teacher.th")
-    teacher = load_teacher(tmp_path / "teacher.th", "resnet_20", 10, CPU)
+    teacher = load_teacher(tmp_path / "teacher.th", "resnet_20", 10, CPU)[0]
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(x), plain_resnet(weights, x))
     assert not any(module.training for module in teacher.modules())
@@ -308,7 +308,7 @@ def test_teachers_of_other_architectures_load_under_their_own_names(tmp_path, mo
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "tiny.pt")
     x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(load_teacher(tmp_path, "tiny", 10, CPU)(x), network(x))
+    torch.testing.assert_close(load_teacher(tmp_path, "tiny", 10, CPU)[0](x), network(x))
 
 
 def test_teacher_dir_may_be_a_file_or_a_folder_that_holds_one(tmp_path):

@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 
 
 def read_teacher(path):
-    return load_teacher(path, "resnet_20", 10, CPU)
+    return load_teacher(path, "resnet_20", 10, CPU)[0]
 
 
 READERS = {

@@ -271,7 +271,7 @@ def test_public_checkpoints_compute_what_they_did(tmp_path, project, name, build
     torch.save(WRAPPINGS[project](plain.state_dict()), tmp_path / "teacher.pth")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        logits = load_teacher(tmp_path / "teacher.pth", name, 10, CPU)(images)
+        logits = load_teacher(tmp_path / "teacher.pth", name, 10, CPU)[0](images)
         expected = plain(images)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 

@@ -54,7 +54,7 @@ def test_public_teachers_see_the_normalization_of_their_project(tmp_path, layout
     variant, pack, expected = LAYOUTS[layout]
     network = model.build("resnet_20", **variant).eval()
     torch.save(pack(network.state_dict()), tmp_path / "teacher.pt")
-    teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN)
+    teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN)[0]
     pixels = torch.rand(2, 3, 16, 16)
     assert_same_answers(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
 
@@ -68,7 +68,7 @@ def test_teacher_norm_overrules_what_is_known(tmp_path):
         "none": ((0, 0, 0), (1, 1, 1)),
         "0.1,0.2,0.3/1,2,4": ((0.1, 0.2, 0.3), (1, 2, 4)),
     }.items():
-        teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN, norm=norm)
+        teacher = load_teacher(tmp_path / "teacher.pt", "resnet_20", 10, CPU, given=GIVEN, norm=norm)[0]
         assert_same_answers(teacher(normalized(pixels, GIVEN)), network(normalized(pixels, expected)))
 
 
@@ -76,7 +76,7 @@ def test_exported_teacher_says_how_it_was_trained(tmp_path):
     network = model.build("resnet_20").eval()
     description = meta("resnet_20", mean=[0.1] * 3, std=[0.5] * 3)
     checkpoint.export(tmp_path / "resnet_20.pt", network, from_plain(Meta, description))
-    teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)
+    teacher = load_teacher(tmp_path, "resnet_20", 10, CPU, given=GIVEN)[0]
     pixels = torch.rand(2, 3, 16, 16)
     expected = network(normalized(pixels, (description["mean"], description["std"])))
     assert_same_answers(teacher(normalized(pixels, GIVEN)), expected)
@@ -105,7 +105,7 @@ def test_library_weights_load_as_their_files_are(tmp_path):
     network = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False).eval()
     torch.save(network.state_dict(), tmp_path / "googlenet.pth")
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(load_teacher(tmp_path, "googlenet", 10, CPU, "torchvision")(x), network(x))
+    torch.testing.assert_close(load_teacher(tmp_path, "googlenet", 10, CPU, "torchvision")[0](x), network(x))
 
     network = torchvision.models.densenet121(num_classes=10).eval()
     old = {
@@ -113,7 +113,7 @@ def test_library_weights_load_as_their_files_are(tmp_path):
     }
     assert old.keys() != network.state_dict().keys()
     torch.save(old, tmp_path / "densenet.pth")
-    teacher = load_teacher(tmp_path / "densenet.pth", "densenet121", 10, CPU, "torchvision")
+    teacher = load_teacher(tmp_path / "densenet.pth", "densenet121", 10, CPU, "torchvision")[0]
     torch.testing.assert_close(teacher(x), network(x))
 
 
@@ -124,7 +124,7 @@ def test_safetensors_load(tmp_path):
     network = timm.create_model("resnet10t", num_classes=10).eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(load_teacher(tmp_path, "resnet10t", 10, CPU, "timm")(x), network(x))
+    torch.testing.assert_close(load_teacher(tmp_path, "resnet10t", 10, CPU, "timm")[0](x), network(x))
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         load_teacher(tmp_path, "resnet10t", 10, CPU, "timm")
@@ -171,7 +171,7 @@ def test_a_namespace_beside_the_weights_is_no_danger(tmp_path):
     content = {"model": network.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3}
     torch.save(content, tmp_path / "teacher.pth")
     x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(load_teacher(tmp_path, "resnet_20", 10, CPU)(x), network(x))
+    torch.testing.assert_close(load_teacher(tmp_path, "resnet_20", 10, CPU)[0](x), network(x))
 
 
 def of_digits(path, **changes):

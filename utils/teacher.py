@@ -1,7 +1,7 @@
-"""The pretrained teacher: a standard network from a file of this program or from a public checkpoint."""
+"""The pretrained teacher: a standard network from an exported file or a published checkpoint."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ NOISE = 0.3  # of each kernel's standard deviation, in students that start from 
 
 
 class Renormalized(nn.Module):
-    """A network that was trained with another normalization than its images come with: (B, 3, H, W) -> (B, K)."""
+    """Converts images to the normalization that a network was trained with: (B, 3, H, W) -> (B, K)."""
 
     def __init__(self, network: nn.Module, given: MeanStd, wanted: MeanStd):
         super().__init__()
@@ -41,7 +41,7 @@ class Renormalized(nn.Module):
 
 
 class Reordered(nn.Module):
-    """A network whose classes are in another order than the data's: (B, 3, H, W) -> (B, K)."""
+    """Puts a network's logits into the order of the data's classes: (B, 3, H, W) -> (B, K)."""
 
     def __init__(self, network: nn.Module, order: Sequence[int]):
         super().__init__()
@@ -53,37 +53,33 @@ class Reordered(nn.Module):
 
 
 def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -> tuple[nn.Module | None, list[str]]:
-    """The pretrained teacher that the flags ask for, for the data set's normalization and order of classes.
+    """Load the pretrained teacher of --teacher_dir for the normalization and the classes of a data set.
 
     Returns:
-        None without --teacher_dir; and remarks for the log.
+        The teacher, None without --teacher_dir; and remarks for the log.
 
     Raises:
-        UserError: as `load_teacher`; it does not take such images, it was trained on the validation images, or it knows
-            other classes and is not to be used by force.
+        UserError: as `load_teacher`; it does not take such images, it was trained on the validation images, or it has
+            other classes and there is no --force.
     """
     if not config.teacher_dir:
         return None, []
-    variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
+    name, file = config.teacher_model, find_file(config.teacher_dir, config.teacher_model)
+    variant = variant_for(config.arch, name, dataset.input_size)
     num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
-    file = find_file(config.teacher_dir, config.teacher_model)
-    teacher, meta = _load_teacher(
-        file, config.teacher_model, num_classes, device, config.arch, variant, given, config.teacher_norm
-    )
-    check_fits(teacher, config.teacher_model, dataset.input_size, num_classes)
+    teacher, meta = load_teacher(file, name, num_classes, device, config.arch, variant, given, config.teacher_norm)
+    check_fits(teacher, name, dataset.input_size, num_classes)
     if meta is None:
-        if dataset.val is dataset.test:
-            return teacher, []
-        return teacher, [
+        remark = (
             "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the "
             "validation set among them: its accuracy there is no measure"
-        ]
+        )
+        return teacher, [] if dataset.val is dataset.test else [remark]
     if not config.test_only:
         check_unseen(meta, dataset, config, file)
     difference = first_difference(meta.classes, dataset.classes)
     if difference and sorted(meta.classes) == sorted(dataset.classes):
-        order = [meta.classes.index(name) for name in dataset.classes]
-        teacher = Reordered(teacher, order).to(device).eval()
+        teacher = Reordered(teacher, [meta.classes.index(label) for label in dataset.classes]).to(device).eval()
         return teacher, [f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"]
     if difference and not config.force:
         raise UserError(
@@ -95,15 +91,15 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
 
 def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> None:
     """Raise a UserError if the network in `source` was trained on images of the validation set."""
-    then = meta.config["val_size"]
     if dataset.val is dataset.test or _is_recorded(meta, "val", dataset, config):
         return
-    if then != config.val_size and _has_same_data(meta, dataset, config):
+    then, same_test = meta.config["val_size"], _is_recorded(meta, "test", dataset, config)
+    if then != config.val_size and (same_test or _has_same_name(meta, config)):
         raise UserError(
             f"--val_size {config.val_size:g}, but {source} was trained with {then:g}: it would be validated on images "
             f"that it was trained on; give --val_size {then:g}"
         )
-    if meta.inputs and meta.inputs.val and _is_recorded(meta, "test", dataset, config):
+    if same_test and meta.inputs.val:
         raise UserError(
             f"{source} was trained with other validation images of the same data: it would be validated on images that "
             "it was trained on; give the images that it was trained with, or --val_size 0"
@@ -111,18 +107,16 @@ def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> 
 
 
 def _is_recorded(meta: Meta, split: str, dataset: DataSet, config: Config) -> bool:
-    """Whether a network's file says that its validation ("val") or test images were those of `dataset`."""
+    """Whether the validation ("val") or test images recorded in a network's file are those of `dataset`."""
     recorded = getattr(meta.inputs, split, None)
     return recorded is not None and asdict(recorded) == getattr(dataset, split).fingerprint(config.data_dir)
 
 
-def _has_same_data(meta: Meta, dataset: DataSet, config: Config) -> bool:
-    """Whether a network was trained on this data set, however it was split: by its test images, or else by name.
+def _has_same_name(meta: Meta, config: Config) -> bool:
+    """Whether a network was trained on the data set of this name or folder.
 
-    Images that stream and those in memory have different fingerprints, and another folder may hold other images.
+    Fingerprints may differ although the images are the same: those of images that stream and of images in memory do.
     """
-    if _is_recorded(meta, "test", dataset, config):
-        return True
     then = meta.config
     if meta.inputs and config.dataset == "folder" and then["data_dir"]:
         return then["dataset"] == "folder" and Path(then["data_dir"]).resolve() == config.data_dir.resolve()
@@ -130,7 +124,7 @@ def _has_same_data(meta: Meta, dataset: DataSet, config: Config) -> bool:
 
 
 def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet, nn.Module]:
-    """The data set normalized as the pretrained teacher was trained, and the teacher for such images.
+    """Normalize the data set as the teacher was trained, and unwrap the teacher, whose weights students can then take.
 
     Raises:
         UserError: its classes are in another order than those of the data.
@@ -144,9 +138,12 @@ def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet
 
 
 def start_from(teacher: nn.Module, students: Sequence[nn.Module]) -> str:
-    """Start the students from the teacher's weights (`model.convert.inherit`), and say so, for the log and the report.
+    """Start the students from the teacher's weights (`model.convert.inherit`).
 
-    Equal students learn nothing from one another, so all but the first get noise.
+    All but the first get noise, because equal students would learn nothing from one another.
+
+    Returns:
+        A sentence about it for the log and the report.
 
     Raises:
         UserError: the teacher is not the standard network of the students.
@@ -164,11 +161,11 @@ def start_from(teacher: nn.Module, students: Sequence[nn.Module]) -> str:
 
 
 def check_accuracy(teacher: nn.Module, val: Batches, targets: np.ndarray, force: bool) -> Accuracy:
-    """The teacher's accuracy on the validation images, of which these are the targets.
+    """The teacher's accuracy on the validation images, whose classes are `targets`.
 
     Raises:
-        UserError: its logits are not finite; it is hardly better than always answering the most frequent class, and not
-            to be used by force.
+        UserError: its logits are not finite; or it is hardly better than always answering the most frequent class, and
+            there is no `force`.
     """
     found, chance = accuracy(teacher, val), 100 * np.bincount(targets).max() / len(targets)
     if math.isnan(found.top1):
@@ -191,39 +188,25 @@ def load_teacher(
     variant: dict[str, Any] | None = None,
     given: MeanStd | None = None,
     norm: str | None = None,
-) -> nn.Module:
-    """The standard network `name` with the weights of `path`, frozen and in eval mode.
-
-    Takes a network exported by `main.py --pretrain`, or a state dict as public projects save it: bare or wrapped, with
-    or without `module.`, under the names that its architecture knows. Only `num_batches_tracked` may be missing.
+) -> tuple[nn.Module, Meta | None]:
+    """Load the standard network `name`, frozen and in eval mode.
 
     Args:
-        path: the file, or a folder that holds it: `[name].pt`, or else its only checkpoint.
+        path: an exported network or a published state dict (model/published.py), or a folder, see `find_file`.
         arch: as --arch; by default the one that has `name`.
-        variant: keyword arguments of `model.build`, where the file does not tell.
+        variant: keyword arguments of `model.build` for a published state dict that does not determine them.
         given: normalization of the images that it will see.
-        norm: normalization that it was trained with, as --teacher_norm; by default what the file tells, or else what
-            is known of the project that it comes from, or else `given`.
+        norm: normalization that it was trained with, as --teacher_norm; by default that of the file or its project, or
+            else `given`.
+
+    Returns:
+        The network, and the metadata of an exported one.
 
     Raises:
-        UserError: nothing there, no checkpoint, or one of another architecture, width or class count.
+        UserError: no such file, no checkpoint, or one of another architecture, width or number of classes.
     """
-    return _load_teacher(find_file(path, name), name, num_classes, device, arch, variant, given, norm)[0]
-
-
-def _load_teacher(
-    file: Path,
-    name: str,
-    num_classes: int,
-    device: torch.device,
-    arch: str | None,
-    variant: dict[str, Any] | None,
-    given: MeanStd | None,
-    norm: str | None,
-) -> tuple[nn.Module, Meta | None]:
-    """As `load_teacher`, with the metadata of a file of this project."""
-    arch, meta = arch or architecture_of(name), None
-    content = _read(file)
+    file, arch, meta = find_file(path, name), arch or architecture_of(name), None
+    content = published.load_safetensors(file) if file.suffix == ".safetensors" else load(file)
     if isinstance(content, TrainingCheckpoint):
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
     if isinstance(content, ExportedNetwork):
@@ -246,10 +229,10 @@ def _load_teacher(
 
 
 def find_file(path: Path, name: str) -> Path:
-    """The checkpoint file that `--teacher_dir` means.
+    """The checkpoint file of --teacher_dir: `path` itself, or in a folder `[name].pt` or else the only checkpoint.
 
     Raises:
-        UserError: nothing there, or a folder with none or several to choose from.
+        UserError: nothing there, or a folder with no checkpoint or several.
     """
     if not path.is_dir():
         if not path.exists():
@@ -259,28 +242,9 @@ def find_file(path: Path, name: str) -> Path:
         return path / f"{name}.pt"
     found = sorted(file for file in path.iterdir() if file.suffix in published.SUFFIXES and file.is_file())
     if not found:
-        suffixes = _listed(published.SUFFIXES)
+        suffixes = ", ".join(published.SUFFIXES)
         raise UserError(f"--teacher_dir {path} holds no checkpoint ({suffixes}): name the file itself")
     if len(found) > 1:
-        raise UserError(f"--teacher_dir {path} holds {_listed(file.name for file in found)}: name one of them")
+        names = " and ".join(file.name for file in found)
+        raise UserError(f"--teacher_dir {path} holds {names}: name one of them")
     return found[0]
-
-
-def _read(file: Path) -> Any:
-    if file.suffix != ".safetensors":
-        return load(file)
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(
-            f"{file} needs the package safetensors, which is not installed: pip install safetensors"
-        ) from error
-    try:
-        return load_file(file)
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file} cannot be read as safetensors: it is damaged or cut off") from error
-
-
-def _listed(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
