@@ -1,4 +1,4 @@
-"""Any network's standard convolutions made cheap, where they stand, and cheap networks that start from trained ones."""
+"""Replacing the standard convolutions of any network by cheap ones, and starting those from trained weights."""
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +10,26 @@ from utils.errors import UserError
 def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_num: int | None = None) -> int:
     """Replace standard k x k convolutions of a network by cheap ones with the same output shape, in place.
 
-    Replaced is every nn.Conv2d (of that very type) with k > 1 and groups = 1, but for the first convolution, the one on
-    the image. Stride, padding, dilation and bias go along; the new weights are freshly initialized, on the device and
-    in the type of the old ones. Everything else keeps its weights.
+    Replaces every nn.Conv2d (no subclasses) with k > 1 and groups = 1, except the first convolution, the one on the
+    image. The cheap ones have the same stride, padding, dilation and bias, and are freshly initialized, with the device
+    and dtype of the old weights. Everything else keeps its weights.
 
     Args:
-        kind, groups: as CheapConv2d's.
+        kind, groups: as in CheapConv2d.
         pruned_num: how many to replace, the last ones in the order of `module.modules()`; None for all.
 
     Returns:
-        How many were replaced.
+        The number of convolutions that were replaced.
 
     Raises:
         UserError (a ValueError): an unknown kind, groups that do not divide a convolution's channels, pruned_num out of
-            range. The network is then as it was.
+            range. The network is then unchanged.
     """
     convs = replaceable_convs(module)
     convs = convs[len(convs) - number_to_prune(len(convs), pruned_num) :]
     cheap = {conv: _cheap(conv, kind, groups) for conv in convs}
     for parent in list(module.modules()):
-        for name, child in parent._modules.items():  # named_children would pass over a second use of a module
+        for name, child in parent._modules.items():  # named_children skips the second use of a module
             if child in cheap:
                 setattr(parent, name, cheap[child])
     return len(cheap)
@@ -61,22 +61,22 @@ def _cheap(conv: nn.Conv2d, kind: str, groups: int) -> CheapConv2d:
 def inherit(student: nn.Module, teacher: nn.Module) -> float:
     """Start a student from the weights of its trained standard network, in place.
 
-    Parameters and buffers that both have under the same name and in the same shape are copied. Each cheap convolution
-    gets the weights that come nearest, in the Frobenius norm, to those of the standard convolution of its name
-    (`CheapConv2d.approximate`). A k x k convolution is a sum of depthwise separable ones, of which this is the leading
-    term (Guo et al., *Network Decoupling*, BMVC 2018).
+    Copies parameters and buffers that have the same name and shape in both. Each cheap convolution gets the weights
+    nearest, in the Frobenius norm, to those of the standard convolution with its name (`CheapConv2d.approximate`). A
+    k x k convolution is a sum of depthwise separable ones, and this is its leading term (Guo et al., *Network
+    Decoupling*, BMVC 2018).
 
     Args:
         student: a network of this project or one that `cheapen` changed.
         teacher: the same network with standard convolutions.
 
     Returns:
-        The share of the energy of the replaced convolutions that was kept, 1 - ||W - W'||^2 / ||W||^2 over all of
-        them; 1 if none was replaced.
+        The energy kept of the replaced convolutions, 1 - ||W - W'||^2 / ||W||^2 over all of them; 1 if none was
+        replaced.
 
     Raises:
-        UserError (a ValueError): the teacher has no standard convolution for a cheap one. The student is then as it
-            was.
+        UserError (a ValueError): the teacher has no standard convolution for a cheap one. The student is then
+            unchanged.
     """
     standard = dict(teacher.named_modules())
     pairs = [(cheap, _counterpart(name, cheap, standard)) for name, cheap in _cheap_convs(student)]
@@ -94,7 +94,7 @@ def inherit(student: nn.Module, teacher: nn.Module) -> float:
 
 
 def not_inherited(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of the student that `inherit` leaves as they are."""
+    """Names of the student's parameters and buffers that `inherit` does not change."""
     given, replaced = teacher.state_dict(), tuple(f"{name}." for name, _ in _cheap_convs(student))
     return [
         name
@@ -104,7 +104,7 @@ def not_inherited(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 
 def add_noise(network: nn.Module, strength: float) -> None:
-    """Add Gaussian noise to the kernels of all convolutions, `strength` times the standard deviation of each one's."""
+    """Add Gaussian noise to the weight of each convolution, of `strength` times the weight's standard deviation."""
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Networks of other projects: torchvision's classifiers, timm's, or what a function in a Python file builds."""
+"""Networks of other projects: of torchvision, of timm, or built by a function in a Python file."""
 
 import difflib
 import functools
@@ -35,24 +35,24 @@ def check(arch: str, name: str) -> None:
         _function(arch, name)
     else:
         known = _library(arch)[1]
-        if name.split(".")[0] not in known:  # timm's names may say after a dot which weights were meant
+        if name.split(".")[0] not in known:  # in timm's names, a tag of pretrained weights may follow a dot
             close = ", ".join(difflib.get_close_matches(name, known, n=6)) or "its documentation for the names"
             raise UserError(f"{arch} has no network '{name}': try {close}")
 
 
 def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] | None = None) -> nn.Module:
-    """The network `name` of `arch`, with fresh weights.
+    """The network `name` of `arch`, untrained.
 
     Args:
-        input_size: (C, H, W) of its images, for `split`, by which the network of a Python file may hold its maps in
-            channels_last and still view the last one as a row.
+        input_size: (C, H, W) of its images, if the network of a Python file is to be split: in channels_last, a head
+            that flattens its feature map with `view` fails otherwise.
 
     Raises:
         UserError (a ValueError): unknown arch or name, a library that is not installed.
     """
     check(arch, name)
     if not is_file(arch):
-        # These two alone have auxiliary classifiers, whose losses are no part of the objective.
+        # Only these two have auxiliary classifiers, whose losses are no part of the objective.
         auxiliary = arch == "torchvision" and name in FROM_TENSORFLOW
         options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
         return _library(arch)[0](name, num_classes=num_classes, **options)
@@ -62,7 +62,7 @@ def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] |
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} of {arch} returned a {type(network).__name__}, not a torch.nn.Module")
     if input_size and not follows_protocol(network):
-        with suppress(UserError):  # as a teacher it may be of any form
+        with suppress(UserError):  # a teacher needs no feature map
             split(network, input_size)
     return network
 
@@ -79,11 +79,11 @@ def student(
     """The same network with cheap convolutions.
 
     Args:
-        conv, groups, pruned_num: as `model.convert.cheapen` takes them.
-        input_size: (C, H, W) of its images; given these, the network follows timm's protocol.
+        conv, groups, pruned_num: as in `model.convert.cheapen`.
+        input_size: (C, H, W) of its images. If given, the network follows timm's protocol.
 
     Raises:
-        UserError (a ValueError): as `standard` and `cheapen`; nothing to replace; no feature map to be found.
+        UserError (a ValueError): as `standard` and `cheapen`; nothing to replace; no feature map found.
     """
     network = standard(arch, name, num_classes)
     if not replaceable_convs(network):
@@ -97,7 +97,7 @@ def student(
 
 
 def _library(arch: str) -> tuple[Callable[..., nn.Module], list[str]]:
-    """What creates a network of a library by name, and the names."""
+    """The function of a library that builds a network by its name, and the names that it has."""
     try:
         if arch == "torchvision":
             models = importlib.import_module("torchvision.models")

@@ -1,4 +1,4 @@
-"""timm's protocol, which online teachers need, for networks that do not follow it themselves."""
+"""timm's protocol, which online teachers need, for networks that do not follow it."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
     try:
         with torch.no_grad():
             features = _on_meta(network).eval().forward_features(torch.empty(1, *input_size, device="meta"))
-    except Exception as error:  # anybody's code
+    except Exception as error:  # a network of others may raise anything
         size = " x ".join(map(str, input_size[1:]))
         raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
     if features.dim() != 4 or features.shape[1] != network.num_features:
@@ -33,33 +33,35 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
 def split(network: nn.Module, input_size: Sequence[int]) -> None:
     """Give a network timm's protocol: `forward_features` up to its last feature map, `forward_head` from there.
 
-    The network becomes of a subclass of its own class; its modules and their names stay as they are. The map is the
-    last one of more than one pixel that all that follows is computed from. It is looked for on images of at least
-    224 x 224, which most networks take, so that a map before global pooling has more than one.
+    The network's class becomes a subclass of its own; its modules and their names stay as they are. The map is the last
+    one with more than one pixel from which everything after it is computed. Shapes are those for images of at least
+    224 x 224, which most networks take, so that the map before global pooling has more than one pixel.
 
     Raises:
         UserError (a ValueError): its forward cannot be traced, or no single feature map leads to its logits.
     """
     kind, was_training = type(network), network.training
     halves, channels = {}, 0
-    for training in (True, False):  # what forward does may depend on it
+    for training in (True, False):  # forward may depend on it
         network.train(training)
         try:
             graph = _RootTracer().trace(network)
-        except Exception as error:  # forward is anybody's code
+        except Exception as error:  # forward may raise anything
             raise UserError(
                 f"{kind.__name__} cannot be split into features and head ({first_line(error)}): give it "
                 f"{', '.join(PROTOCOL)}, as timm's networks have"
             ) from error
         cut, channels = _last_feature_map(network, graph, input_size)
-        halves[training] = _features(network, graph, cut), _head(network, graph, cut)
+        nodes = list(graph.nodes)
+        end = nodes.index(cut) + 1
+        halves[training] = _function(network, nodes[:end]), _function(network, nodes[end:], cut)
     network.train(was_training)
 
     def forward_features(self: nn.Module, x: Tensor) -> Tensor:
         return halves[self.training][0](self, x)
 
     def forward_head(self: nn.Module, features: Tensor) -> Tensor:
-        return halves[self.training][1](self, features.contiguous())  # it may view the map as a row
+        return halves[self.training][1](self, features.contiguous())  # a head may flatten the map with view
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -69,21 +71,21 @@ def split(network: nn.Module, input_size: Sequence[int]) -> None:
 
 
 class _RootTracer(fx.Tracer):
-    """Sees what the network itself does, and takes its modules as they are: any code may be in them."""
+    """Traces the forward of the network alone, and no modules in it, whose code may be untraceable."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
 
 def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> tuple[fx.Node, int]:
-    """The node that computes it, and its channels."""
+    """The node of the feature map at which to split, and its number of channels."""
     channels, height, width = input_size
     shapes, error = {}, None
     for size in ((max(height, 224), max(width, 224)), (height, width)):
         try:
             shapes = _shapes(network, graph, (2, channels, *size))
             break
-        except Exception as exception:  # anybody's code
+        except Exception as exception:  # a network of others may raise anything
             error = exception
     if not shapes:
         raise UserError(f"{type(network).__name__} does not take images of {height} x {width}: {first_line(error)}")
@@ -106,7 +108,7 @@ def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[
 
 
 def _shapes(network: nn.Module, graph: fx.Graph, size: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
-    """The shape of every tensor that the graph computes; without computing it."""
+    """The shape of every tensor in the graph, found on the meta device."""
     shapes = {}
 
     class Recorder(fx.Interpreter):
@@ -121,24 +123,16 @@ def _shapes(network: nn.Module, graph: fx.Graph, size: tuple[int, ...]) -> dict[
     return shapes
 
 
-def _features(network: nn.Module, graph: fx.Graph, cut: fx.Node) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The function (network, images) -> feature map."""
-    features, copies = fx.Graph(), {}
-    for node in graph.nodes:
-        copies[node] = features.node_copy(node, copies.__getitem__)
-        if node is cut:
-            break
-    features.output(copies[cut])
-    return type(fx.GraphModule(network, features)).forward
-
-
-def _head(network: nn.Module, graph: fx.Graph, cut: fx.Node) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The function (network, feature map) -> logits."""
-    head, nodes = fx.Graph(), list(graph.nodes)
-    copies = {cut: head.placeholder("features")}
-    for node in nodes[nodes.index(cut) + 1 :]:
-        copies[node] = head.node_copy(node, copies.__getitem__)
-    return type(fx.GraphModule(network, head)).forward
+def _function(network: nn.Module, nodes: list[fx.Node], source: fx.Node | None = None) -> Callable[..., Tensor]:
+    """The function (network, x) -> Tensor that computes these nodes of its graph, where `source`, if given, is x."""
+    graph, copies = fx.Graph(), {}
+    if source:
+        copies[source] = graph.placeholder("features")
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    if nodes[-1].op != "output":
+        graph.output(copies[nodes[-1]])
+    return type(fx.GraphModule(network, graph)).forward
 
 
 def _on_meta(network: nn.Module) -> nn.Module:
