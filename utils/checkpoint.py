@@ -207,7 +207,7 @@ def _config_fault(config: dict[str, Any], types: dict[str, Any]) -> str | None:
             from_plain(kind, config.get(name, Malformed), f"config.{name}")  # no value has the type of Malformed
     except Malformed as error:
         return str(error)
-    return None if config["method"] in METHODS else "config.method"
+    return None if config["method"] in tuple(METHODS) else "config.method"  # in a forged file it may be unhashable
 
 
 def save(path: Path, record: Any) -> None:
