@@ -526,6 +526,28 @@ def computed(case):
 )
 @given(CASES)
 def test_whatever_comes_is_computed_or_refused_as_pytorch_does(case):
+    check_against_pytorch(case)
+
+
+USUAL = {
+    "kind": "depthwise", "channels": (16, 16), "stride": 1, "size": (2, 3, 4), "x": "as it is", "residual": "as it is",
+    "norm": "as it is", "conv": "as it is", "spatial": "as it is", "pointwise": "as it is", "gradients": True,
+    "autocast": False,
+}  # fmt: skip
+KINDS_OF = {
+    "x": LAYOUTS, "residual": RESIDUALS, "norm": NORMS, "conv": TAMPERING.keys() - {"pruned", "parametrized"},
+    "spatial": STAGES, "pointwise": STAGES,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("part", "kind"), [(part, kind) for part, kinds in KINDS_OF.items() for kind in sorted(kinds)])
+def test_each_odd_part_alone_is_computed_or_refused_as_pytorch_does(part, kind, training):
+    """Without gradients, too, in evaluation, where they would leave the work to PyTorch."""
+    check_against_pytorch(USUAL | {part: kind, "training": training, "gradients": training})
+
+
+def check_against_pytorch(case):
     fused.enable()
     result = computed(case)
     fused.disable()
