@@ -27,20 +27,6 @@ Names = dict[str, str | None]  # regular expression -> replacement, or None to d
 
 
 @dataclass(frozen=True)
-class Published:
-    """A published checkpoint under this project's keys.
-
-    Attributes:
-        variant: keyword arguments of `model.build` for the variant of the network that the weights fit.
-        normalization: mean and std of the images that it was trained on; None if unknown.
-    """
-
-    weights: dict[str, Tensor]
-    variant: dict[str, Any]
-    normalization: MeanStd | None
-
-
-@dataclass(frozen=True)
 class _File:
     """A published checkpoint before its keys are renamed. `wrapper` is the one of WRAPPERS that it has, if any."""
 
@@ -60,17 +46,21 @@ class Project:
     Attributes:
         recognizes: whether a file is one of the project's.
         names: renaming of keys for each architecture, applied in order; the keys of a file may be needed to know it.
-        normalization: mean and std of training for a network name; None if the project does not state them.
+        normalization: mean and std of training, maybe by the network's name; None if the project does not state them.
     """
 
     name: str
     recognizes: Callable[[_File], bool]
     names: dict[str, Names | Callable[[Mapping[str, Tensor]], Names]] = field(default_factory=dict)
-    normalization: Callable[[str], MeanStd | None] = lambda name: None
+    normalization: MeanStd | Callable[[str], MeanStd | None] | None = None
 
 
-def read(content: Any, arch: str, name: str, source: str) -> Published:
+def read(content: Any, arch: str, name: str, source: str) -> tuple[dict[str, Tensor], dict[str, Any], MeanStd | None]:
     """Read the content of a published checkpoint for the network `name` of the architecture `arch`.
+
+    Returns:
+        The weights under this project's keys; keyword arguments of `model.build` for the variant of the network that
+        they fit; and mean and std of the images that it was trained on, None if unknown.
 
     Raises:
         UserError: it contains no state dict, neither bare nor under one of WRAPPERS.
@@ -91,7 +81,8 @@ def read(content: Any, arch: str, name: str, source: str) -> Published:
     variant = _VARIANTS[arch](weights) if arch in _VARIANTS else {}
     file = _File(arch, wrapper, original, variant)
     project = next((project for project in PROJECTS if project.recognizes(file)), None)
-    return Published(weights, variant, project.normalization(name) if project else None)
+    normalization = project.normalization if project else None
+    return weights, variant, normalization(name) if callable(normalization) else normalization
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
@@ -108,10 +99,6 @@ def load_safetensors(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{file} cannot be read as safetensors: it is damaged or cut off") from error
-
-
-def _normalized_as(key: str) -> Callable[[str], MeanStd]:
-    return lambda name: NORMALIZATIONS[key]
 
 
 def _torchvision_normalization(name: str) -> MeanStd:
@@ -161,25 +148,25 @@ PROJECTS = (
                 **{rf"\.residual_function\.{3 * i + 1}\.": f".bn{i + 1}." for i in (0, 1, 2)},
             }
         },
-        _normalized_as("cifar100"),
+        NORMALIZATIONS["cifar100"],
     ),
     Project(
         "kuangliu/pytorch-cifar",
         lambda file: file.wrapper == "net",
         {"resnet": {r"^linear\.": "fc."}},
-        _normalized_as("cifar"),
+        NORMALIZATIONS["cifar"],
     ),
     Project(
         "ResNets of torchvision and timm for ImageNet",
         lambda file: file.variant.get("stem") == "imagenet",
         {"resnet": {r"\.downsample\.": ".shortcut."}},
-        _normalized_as("imagenet"),
+        NORMALIZATIONS["imagenet"],
     ),
     Project(
         "akamaster/pytorch_resnet_cifar10",
         lambda file: file.wrapper == "state_dict" and file.arch == "resnet" and file.has(r"^linear\.weight$"),
         {"resnet": {r"^linear\.": "fc."}},
-        _normalized_as("imagenet"),
+        NORMALIZATIONS["imagenet"],
     ),
     Project(
         "ShaohuiLin/GAL",
@@ -197,7 +184,7 @@ PROJECTS = (
                 r"\.branch_pool\.": ".b4.",
             },
         },
-        _normalized_as("cifar"),
+        NORMALIZATIONS["cifar"],
     ),
     Project(
         "chenyaofo/pytorch-cifar-models, RepDistiller, mdistiller",  # have the same keys, and state no normalization

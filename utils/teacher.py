@@ -218,10 +218,9 @@ def load_teacher(
         network, _ = load_network(file, arch)
         wanted = meta.mean, meta.std
     else:
-        found = published.read(content, arch, name, str(file))
-        builder = partial(build, name, num_classes, arch=arch, **(variant or {}) | found.variant)
-        network = build_with(found.weights, builder, f"{file} as {name} with {num_classes} classes")
-        wanted = found.normalization
+        weights, fitting, wanted = published.read(content, arch, name, str(file))
+        builder = partial(build, name, num_classes, arch=arch, **(variant or {}) | fitting)
+        network = build_with(weights, builder, f"{file} as {name} with {num_classes} classes")
     wanted = parse(norm) if norm else wanted
     if given and wanted and not np.allclose(given, wanted):
         network = Renormalized(network, given, wanted)
