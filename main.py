@@ -136,10 +136,10 @@ def print_test(config: Config) -> None:
         run, learner = prepare(with_networks(options.settle_main(config)), []), None
     else:
         content = checkpoint.load_checkpoint(path)
-        meta = checkpoint.with_code(path, content.meta, config.arch)
+        students, meta = checkpoint.all_students(path, content, config.arch)
         config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
         run = prepare(config, [], trained=(path, meta))
-        learner = run.learner(checkpoint.all_students(path, content, config.arch))
+        learner = run.learner(students)
         load_weights(learner, content.model, str(path))
         learner = learner.to(run.device, memory_format=torch.channels_last)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}

@@ -16,6 +16,14 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
+class Fingerprint:
+    """The number of a split's images, and a hash of their pixels (or paths) and targets."""
+
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Split:
     """images: (n, H, W, 3) uint8, or (n,) the paths of their files as bytes; targets: (n,) int64 class indices."""
 
@@ -28,8 +36,8 @@ class Split:
     def __getitem__(self, indices: np.ndarray | slice) -> "Split":
         return Split(self.images[indices], self.targets[indices])
 
-    def fingerprint(self, data_dir: Path | None) -> dict[str, Any]:
-        """{"count", "sha256"} of the targets and pixels, or of the paths below `data_dir` of images that stream."""
+    def fingerprint(self, data_dir: Path | None) -> Fingerprint:
+        """Of the targets and pixels or, for images that stream, their paths below `data_dir`."""
         images = np.ascontiguousarray(self.images)
         digest = hashlib.sha256(np.ascontiguousarray(self.targets))
         if images.ndim == 1:
@@ -38,7 +46,7 @@ class Split:
         else:
             digest.update(str(images.shape).encode())
             digest.update(images)
-        return {"count": len(self), "sha256": digest.hexdigest()}
+        return Fingerprint(len(self), digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class DataSet:
             )
         return replace(self, mean=tuple(mean), std=tuple(std))
 
-    def fingerprints(self, data_dir: Path | None) -> dict[str, dict[str, Any]]:
+    def fingerprints(self, data_dir: Path | None) -> dict[str, Fingerprint]:
         """The fingerprint of each split, by its name."""
         splits = {"train": self.train, "val": self.val, "test": self.test}
         return {name: split.fingerprint(data_dir) for name, split in splits.items()}

@@ -13,9 +13,9 @@ from data.sources import Split
 from model import published
 from tests.helpers import fail, meta, succeed
 from utils import checkpoint, options
-from utils.checkpoint import Meta
+from utils.checkpoint import Inputs, Meta
 from utils.errors import UserError
-from utils.files import from_plain
+from utils.files import from_plain, to_plain
 from utils.normalization import NORMALIZATIONS
 from utils.teacher import check_accuracy, load_teacher, pretrained_teacher
 
@@ -227,7 +227,7 @@ def test_a_teacher_that_was_trained_on_the_validation_images_is_refused(tmp_path
 def test_the_same_validation_images_may_be_asked_for_in_another_way(tmp_path):
     """As a number rather than a share; a folder's own val/ does not depend on --val_size at all."""
     dataset = data.load("digits", None, 144)
-    described = data.load("digits", None, 0.1).fingerprints(None)
+    described = to_plain(Inputs(**data.load("digits", None, 0.1).fingerprints(None)))
     _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described)
     load([*flags, "--val_size", "144"], dataset)
 
@@ -238,7 +238,8 @@ def test_validation_images_are_known_by_their_pixels_not_by_the_name_of_the_data
         replace(digits, **{name: replace(split, images=split.images[:, ::-1]) for name, split in splits.items()})
         for splits in ({"train": digits.train, "val": digits.val, "test": digits.test}, {"val": digits.val})
     )
-    described, elsewhere = digits.fingerprints(None), meta()["config"] | {"dataset": "folder", "data_dir": "/gone"}
+    described = to_plain(Inputs(**digits.fingerprints(None)))
+    elsewhere = meta()["config"] | {"dataset": "folder", "data_dir": "/gone"}
     _, _, flags = of_digits(tmp_path / "teacher.pt", inputs=described, config=elsewhere)
     with pytest.raises(UserError, match=r"give --val_size 0\.1"):
         load([*flags, "--val_size", "0.2"], data.load("digits", None, 0.2))  # known from a folder, under other names

@@ -6,52 +6,41 @@ and what it was trained on, so that a file needs nothing beside it. On disk, the
 tensors, numbers and strings.
 """
 
-import argparse
 import io
-import mmap
-import warnings
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from data.sources import DataSet
+from data.sources import DataSet, Fingerprint
 from model import build, check_architecture
 from model.external import is_file
 from model.online import Ensemble
 from model.weights import build_with, fingerprint
 from utils import normalization
 from utils.errors import UserError
-from utils.files import Malformed, atomic_write, from_plain, is_plain, to_plain
+from utils.files import Malformed, atomic_write, from_plain, is_plain, read_weights, to_plain
 from utils.methods import METHODS
 from utils.metrics import Best, Scores
 from utils.options import as_typed, changed_flag, completed
 
-# What readers take from a recorded configuration: of any network, and of a training checkpoint.
-CONFIG = {"dataset": str, "data_dir": str | None, "image_size": int | None, "train_size": float | None}
-CONFIG |= {"val_size": float, "teacher_model": str}
-TRAINING_CONFIG = {"student_model": str | None, "num_students": int, "lambda": float, "pretrain": bool, "method": str}
-TRAINING_CONFIG |= {"teacher_norm": str | None}
-
-
-@dataclass(frozen=True)
-class Images:
-    """Fingerprint of the images of a split."""
-
-    count: int
-    sha256: str
+# The flags in a recorded configuration that readers use.
+RecordedConfig = TypedDict("RecordedConfig", {
+    "dataset": str, "data_dir": str | None, "image_size": int | None, "train_size": float | None, "val_size": float,
+    "teacher_model": str, "teacher_norm": str | None, "student_model": str | None, "num_students": int,
+    "method": str, "lambda": float, "pretrain": bool,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Fingerprints of what a run computes from. None: not used, or not recorded by an older version."""
 
-    train: Images | None = None
-    val: Images | None = None
-    test: Images | None = None
+    train: Fingerprint | None = None
+    val: Fingerprint | None = None
+    test: Fingerprint | None = None
     teacher: str | None = None
     refined: str | None = None
 
@@ -59,8 +48,8 @@ class Inputs:
     def of(
         cls, dataset: DataSet, data_dir: Path | None, teacher: nn.Module | None, refined: nn.Module | None = None
     ) -> "Inputs":
-        images = {name: Images(**split) for name, split in dataset.fingerprints(data_dir).items()}
-        return cls(**images, teacher=teacher and fingerprint(teacher), refined=refined and fingerprint(refined))
+        networks = {"teacher": teacher and fingerprint(teacher), "refined": refined and fingerprint(refined)}
+        return cls(**dataset.fingerprints(data_dir), **networks)
 
     def check_same(self, now: "Inputs", source: Path) -> None:
         """Raise a UserError if the run of the checkpoint `source` had other inputs than the run that resumes it."""
@@ -69,10 +58,9 @@ class Inputs:
         for name, title in titles.items():
             was, given = getattr(self, name), getattr(now, name)
             if was and given and was != given:
-                counts = f" ({was.count:,}, now {given.count:,})" if isinstance(was, Images) else ""
-                raise UserError(
-                    f"{source} was trained with other {title}{counts}: give the same, or go on with --force"
-                )
+                counts = f" ({was.count:,}, now {given.count:,})" if isinstance(was, Fingerprint) else ""
+                message = f"{source} was trained with other {title}{counts}"
+                raise UserError(f"{message}: give the same, or go on with --force")
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ class Meta:
     input_size: tuple[int, int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    config: dict[str, Any]
+    config: RecordedConfig
     build: dict[str, Any] | None = None
     start: str | None = None
     preprocessing: dict[str, Any] | None = None
@@ -126,7 +114,7 @@ class Meta:
             return "num_classes"
         if not normalization.is_plausible(self.mean, self.std):
             return "mean or std"
-        return _config_fault(self.config, CONFIG)
+        return None if self.config["method"] in METHODS else "config.method"
 
 
 @dataclass(frozen=True)
@@ -134,6 +122,10 @@ class ExportedNetwork:
     state_dict: dict[str, Tensor]
     meta: Meta
     kind: str = "exported network"
+
+    @classmethod
+    def of(cls, network: nn.Module, meta: Meta) -> "ExportedNetwork":
+        return cls({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, meta)
 
     def fault(self) -> str | None:
         students = {key.split(".")[2] for key in self.state_dict if key.startswith("learner.students.")}
@@ -190,24 +182,12 @@ class TrainingCheckpoint:
             return "best.student"
         if not is_plain(self.environment):
             return "environment"
-        config = self.meta.config
-        if fault := _config_fault(config, TRAINING_CONFIG):
-            return f"meta.{fault}"
-        return None if config["num_students"] == students else "meta.config.num_students"
+        return None if 0 < students == self.meta.config["num_students"] else "meta.config.num_students"
 
     def student(self, index: int) -> dict[str, Tensor]:
         """State dict of a student."""
         prefix = f"students.{index}."
         return {key.removeprefix(prefix): value for key, value in self.model.items() if key.startswith(prefix)}
-
-
-def _config_fault(config: dict[str, Any], types: dict[str, Any]) -> str | None:
-    try:
-        for name, kind in types.items():
-            from_plain(kind, config.get(name, Malformed), f"config.{name}")  # no value has the type of Malformed
-    except Malformed as error:
-        return str(error)
-    return None if config["method"] in tuple(METHODS) else "config.method"  # in a forged file it may be unhashable
 
 
 def save(path: Path, record: Any) -> None:
@@ -217,26 +197,15 @@ def save(path: Path, record: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """Load a file of torch.save on the CPU: tensors and plain containers only, no code in it is run.
+    """Load a file of weights on the CPU, without running code in it.
 
     Returns:
         A `TrainingCheckpoint`, an `ExportedNetwork`, or the content of any other file.
 
     Raises:
-        UserError: the file does not exist, is damaged, cannot be loaded safely, or is of this program and incomplete.
+        UserError: the file cannot be read (`read_weights`), or a file of this program is incomplete.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    try:
-        _check_archive(path)
-        # argparse.Namespace: training scripts save their flags beside the weights, and it is as harmless as a dict.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # on unusual pickles; they load or raise an error
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
-        raise UserError(
-            f"{path} cannot be read as a checkpoint: it is damaged, cut off, no checkpoint, or holds more than weights"
-        ) from error
+    content = read_weights(path)
     kind = content.get("kind") if isinstance(content, dict) else None
     record = next((record for record in (TrainingCheckpoint, ExportedNetwork) if kind == record.kind), None)
     if record is None:
@@ -252,29 +221,14 @@ def load(path: Path) -> Any:
         raise UserError(f"{path} is no whole {record.kind}: {error} is missing or malformed") from error
 
 
-def _check_archive(path: Path) -> None:
-    """Check what torch.load does not: an archive's checksums and unpacked size, and bytearrays of any length.
-
-    Raises:
-        Exception: the file is damaged, or made to exhaust the memory.
-    """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"bytearray") >= 0:
-            raise ValueError("a bytearray, which no file of weights needs")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_size != entry.file_size for entry in archive.infolist()) or archive.testzip():
-                raise ValueError("another archive than torch.save writes, or a damaged one")
-
-
 def export(path: Path, network: nn.Module, meta: Meta) -> None:
     """Write one network, self-describing, in float32; `load_student` reads it."""
-    save(path, _exported(network, meta))
+    save(path, ExportedNetwork.of(network, meta))
 
 
 def exported_size(network: nn.Module, meta: Meta) -> int:
     """Size in bytes of the file that `export` would write."""
-    return len(_packed(_exported(network, meta)))
+    return len(_packed(ExportedNetwork.of(network, meta)))
 
 
 def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -301,7 +255,7 @@ def load_network(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
         raise UserError(f"{path} is a training checkpoint, not an exported network: leave out --pruned")
     if not isinstance(content, ExportedNetwork):
         raise UserError(f"{path} is not a network that main.py or finetune.py exported")
-    return _restore(path, content.state_dict, content.meta, arch)
+    return restore(path, content.state_dict, content.meta, arch)
 
 
 def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
@@ -314,21 +268,18 @@ def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
     if not content.scores:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
     best = Best.of(content.epoch, content.scores).student
-    return _restore(path, content.student(best), content.meta, arch)
+    return restore(path, content.student(best), content.meta, arch)
 
 
-def all_students(path: Path, content: TrainingCheckpoint, arch: str | None = None) -> list[nn.Module]:
-    """The students of a training checkpoint, in eval mode; raises as `best_student` does."""
+def all_students(path: Path, content: TrainingCheckpoint, arch: str | None = None) -> tuple[list[nn.Module], Meta]:
+    """As `best_student`, but all students of a training checkpoint that is already loaded."""
     count = content.meta.config["num_students"]
-    return [_restore(path, content.student(i), content.meta, arch)[0] for i in range(count)]
+    networks, metas = zip(*(restore(path, content.student(i), content.meta, arch) for i in range(count)), strict=True)
+    return list(networks), metas[0]
 
 
 def load_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Load a training checkpoint.
-
-    Raises:
-        UserError: the file is missing, damaged, or no training checkpoint.
-    """
+    """Load a training checkpoint; raises a UserError if the file is missing, damaged, or something else."""
     content = load(path)
     if isinstance(content, ExportedNetwork):
         raise UserError(f"{path} is an exported network, not a training checkpoint: finetune.py takes it with --pruned")
@@ -371,32 +322,18 @@ def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
     return content
 
 
-def with_code(path: Path, meta: Meta, arch: str | None) -> Meta:
-    """The metadata, with the Python file `arch` instead of the one that they name, which may hold any code.
-
-    Raises:
-        UserError: they name one, and `arch` is none.
-    """
-    if not is_file(meta.arch):
-        return meta
-    if not is_file(arch):
-        raise UserError(f"{path} needs the code that built its network: give --arch {meta.arch}")
-    return replace(meta, arch=arch)
-
-
 def _packed(record: Any) -> memoryview:
     buffer = io.BytesIO()  # torch.save to a file would report a full disk as an internal error
     torch.save(to_plain(record), buffer)
     return buffer.getbuffer()
 
 
-def _exported(network: nn.Module, meta: Meta) -> ExportedNetwork:
-    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    return ExportedNetwork(weights, meta)
-
-
-def _restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None) -> tuple[nn.Module, Meta]:
-    meta = with_code(path, meta, arch)
+def restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None) -> tuple[nn.Module, Meta]:
+    """Build the network that the content of `path` describes, in eval mode; raises as `load_student` does."""
+    if is_file(meta.arch):  # it may hold any code, so the user has to name it
+        if not is_file(arch):
+            raise UserError(f"{path} needs the code that built its network: give --arch {meta.arch}")
+        meta = replace(meta, arch=arch)
     specification = {name: getattr(meta, name) for name in ("num_classes", "conv", "groups", "pruned_num", "arch")}
     specification |= meta.build or {}
 

@@ -243,15 +243,7 @@ class Trainer:
         return scores
 
     def resume(self, path: Path, meta: Meta, force: bool = False) -> None:
-        """Go on from a training checkpoint, with the model_best.pt beside it.
-
-        Args:
-            meta: of the run that goes on.
-            force: accept other images, another teacher, or another student to refine.
-
-        Raises:
-            UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
-        """
+        """Go on from a training checkpoint; arguments and errors are those of `checkpoint.load_to_resume`."""
         content = checkpoint.load_to_resume(path, meta, force)
         load_weights(self.learner, content.model, str(path))
         load_momentum(self.optimizer, content.optimizer, str(path))

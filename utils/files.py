@@ -1,10 +1,12 @@
 """Files that are written completely or not at all, a lock of a folder, and dataclasses as plain values in files."""
 
+import argparse
 import atexit
 import errno
 import fcntl
 import glob
 import json
+import mmap
 import os
 import re
 import shutil
@@ -13,6 +15,8 @@ import sys
 import threading
 import time
 import typing
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -74,6 +78,41 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def read_weights(path: Path) -> Any:
+    """The content of a file of torch.save, on the CPU: tensors and plain containers only, no code in it is run.
+
+    Raises:
+        UserError: the file does not exist, is damaged, or cannot be loaded safely.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        _check_archive(path)
+        # argparse.Namespace: training scripts save their flags beside the weights, and it is as harmless as a dict.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # on unusual pickles; they load or raise an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is damaged, cut off, no checkpoint, or holds more than weights"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Check what torch.load does not: an archive's checksums and unpacked size, and bytearrays of any length.
+
+    Raises:
+        Exception: the file is damaged, or made to exhaust the memory.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise ValueError("a bytearray, which no file of weights needs")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_size != entry.file_size for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("another archive than torch.save writes, or a damaged one")
 
 
 class Lock:
@@ -212,15 +251,16 @@ def to_plain(record: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: Any, value: Any, name: str = "") -> Any:
-    """The inverse of `to_plain`: a value from a file as a dataclass, or as another type hint.
+    """The inverse of `to_plain`: check a value from a file against a type hint, and make dataclasses of dictionaries.
 
-    Unknown keys are ignored. A dataclass may have a method `fault` that names a part that contradicts another one.
+    A dataclass ignores unknown keys, a TypedDict keeps them. A dataclass may have a method `fault` that names a part
+    that contradicts another one.
 
     Raises:
         Malformed: the value does not have this type.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
+    if is_dataclass(kind) or typing.is_typeddict(kind):
         return _record(kind, value, name)
     if origin in (UnionType, typing.Union):
         (kind,) = set(arguments) - {NoneType}
@@ -238,13 +278,16 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
 def _record(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise Malformed(name)
-    hints, found = typing.get_type_hints(kind), {}
-    for field in fields(kind):
-        inner = f"{name}.{field.name}".lstrip(".")
-        if field.name in value:
-            found[field.name] = from_plain(hints[field.name], value[field.name], inner)
-        elif field.default is MISSING:
-            raise Malformed(inner)
+    optional = {field.name for field in fields(kind) if field.default is not MISSING} if is_dataclass(kind) else set()
+    found = {}
+    for key, hint in typing.get_type_hints(kind).items():
+        part = f"{name}.{key}".lstrip(".")
+        if key in value:
+            found[key] = from_plain(hint, value[key], part)
+        elif key not in optional:
+            raise Malformed(part)
+    if not is_dataclass(kind):
+        return value | found
     record = kind(**found)
     if fault := getattr(record, "fault", lambda: None)():
         raise Malformed(f"{name}.{fault}".lstrip("."))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from data.sources import DataSet, first_difference
 from model import architecture_of, build, published, variant_for
 from model.convert import add_noise, inherit, not_inherited
 from model.weights import build_with
-from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, load_network
+from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, restore
 from utils.config import Config
 from utils.cost import check_fits
 from utils.errors import UserError
@@ -109,7 +109,7 @@ def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> 
 def _is_recorded(meta: Meta, split: str, dataset: DataSet, config: Config) -> bool:
     """Whether the validation ("val") or test images recorded in a network's file are those of `dataset`."""
     recorded = getattr(meta.inputs, split, None)
-    return recorded is not None and asdict(recorded) == getattr(dataset, split).fingerprint(config.data_dir)
+    return recorded is not None and recorded == getattr(dataset, split).fingerprint(config.data_dir)
 
 
 def _has_same_name(meta: Meta, config: Config) -> bool:
@@ -215,7 +215,7 @@ def load_teacher(
             raise UserError(f"{file} holds a {meta.model}, but --teacher_model is {name}")
         if meta.num_classes != num_classes:
             raise UserError(f"{file} knows {meta.num_classes} classes, the data has {num_classes}")
-        network, _ = load_network(file, arch)
+        network, _ = restore(file, content.state_dict, meta, arch)
         wanted = meta.mean, meta.std
     else:
         weights, fitting, wanted = published.read(content, arch, name, str(file))
