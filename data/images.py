@@ -12,28 +12,34 @@ from tqdm import tqdm
 from utils import distributed
 from utils.errors import UserError, log
 
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata; damaged pixels are errors
-
 
 class DamagedImage(Exception):
     """Why an image file cannot be read."""
 
 
 def read(path: bytes) -> Image.Image:
-    """The image as RGB; transparency is dropped, and the orientation that EXIF data may state is not applied.
+    """Read an image file as RGB, without its transparency and without applying EXIF's orientation.
 
     Raises:
-        DamagedImage: the file is missing, cut off, no image, or suspiciously large.
+        DamagedImage: the file is missing, cut off, no image, or has more pixels than Pillow's limit.
         OSError, MemoryError: this process has too many open files, or too little memory.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on metadata and on size, which is checked; damaged pixels raise an error
+        return _read(path)
+
+
+def _read(path: bytes) -> Image.Image:
+    """`read`, with Pillow's warnings: warnings.catch_warnings must not run in several threads at once."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise DamagedImage(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
             if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip rather than scale
                 return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-            if image.mode == "P":  # Pillow complains of a palette's transparency unless it sees it go
-                return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
+    except DamagedImage:
+        raise
     except Exception as error:  # a damaged image can raise anything
         raise _damage(error) from error
 
@@ -61,7 +67,7 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
     def decode(chunk: range) -> bool:
         for index in chunk:
             try:
-                image = read(paths[index])
+                image = _read(paths[index])
             except DamagedImage as error:
                 damaged[index] = str(error)
                 continue
@@ -73,8 +79,10 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
     chunks = [range(len(paths))[start : start + 256] for start in range(0, len(paths), 256)]
     with (
         tqdm(desc="decoding", total=len(paths), unit=" images", leave=False, disable=None) as bar,
+        warnings.catch_warnings(),
         ThreadPoolExecutor(workers) as pool,
     ):
+        warnings.simplefilter("ignore")  # as in `read`
         for chunk, alike in zip(chunks, decoded := pool.map(decode, chunks), strict=True):
             if not alike:
                 decoded.close()  # cancels what has not begun

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import traceback
 import weakref
 from collections import ChainMap
 from collections.abc import Iterator
@@ -189,7 +190,8 @@ class StreamedBatches:
             _iterators.add(iterator)
             yield from iterator
         except OSError as error:  # a worker's is a text, whose last line is its error
-            _end_workers(iterator)  # the garbage collector may finalize their queues first, and they would never end
+            # The garbage collector may finalize their queues first, and they would never end.
+            _end_workers(iterator or _unfinished_iterator(error))
             raise UserError(f"reading images fails: {str(error).splitlines()[-1]}") from error
         finally:
             if not self.loader.persistent_workers:
@@ -229,6 +231,19 @@ def _signals_blocked() -> Iterator[None]:
     finally:
         _workers.update(set(active_children()) - others)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _unfinished_iterator(error: OSError) -> Any:
+    """The iterator of a DataLoader that could not start all of its workers, completed so that it can end the others.
+
+    Otherwise torch prints an AttributeError when the iterator is deleted.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        iterator = frame.f_locals.get("self")
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._workers_status = [True] * len(iterator._workers)
+            return iterator
+    return None
 
 
 def _end_workers(iterator: Any) -> None:

@@ -1,7 +1,10 @@
 """Image files of every mode, and errors that are not theirs."""
 
+import struct
 import subprocess
 import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,30 @@ def test_every_mode_becomes_rgb(tmp_path, recwarn, name, write):
     image = read(str(tmp_path / name).encode())
     assert image.mode == "RGB"
     np.testing.assert_allclose(np.asarray(image), expected, atol=1 if name == "cmyk.jpg" else 0)
+    assert not list(recwarn)
+
+
+def bomb(path, side=20_000):
+    """Write a PNG of side x side pixels, in a few bytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the first and refuses the second
+def test_images_of_too_many_pixels_are_refused_without_a_warning(tmp_path, recwarn, side):
+    bomb(tmp_path / "bomb.png", side)
+    Image.fromarray(gray()).save(tmp_path / "small.png")
+    paths = np.array([str(tmp_path / name).encode() for name in ("small.png", "bomb.png")])
+    filters = list(warnings.filters)
+    with pytest.raises(DamagedImage, match="pixels"):
+        read(paths[1])
+    _, damaged = read_small(paths, 64, workers=2)
+    assert list(damaged) == [1]
+    assert warnings.filters == filters
     assert not list(recwarn)
 
 
