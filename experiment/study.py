@@ -24,10 +24,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fnmatch import fnmatch
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Condition
 from typing import Any, NamedTuple
 
@@ -95,10 +94,8 @@ class Runner:
         self.out, self.data_dir = out, data_dir
         gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
         self.jobs = jobs or gpus or cores
-        self.slots = SimpleQueue()
-        for i in range(self.jobs):
-            gpu, threads = {"CUDA_VISIBLE_DEVICES": str(i % max(1, gpus))}, str(max(1, cores // self.jobs))
-            self.slots.put(gpu if gpus else {"OMP_NUM_THREADS": threads})
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))}
+        self.slots = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else threads for i in range(self.jobs)]
         self.pool = ThreadPoolExecutor(self.jobs)
         self.processes, self.stopped = set(), False
         self.changed = Condition()  # guards the three below, and the records
@@ -120,26 +117,33 @@ class Runner:
         for run in self.waiting:
             self.check_folder(run)
         print(f"{study}: {len(done)} runs are recorded, {len(self.waiting)} to do, {self.jobs} at a time", flush=True)
-        futures = [self.pool.submit(self.work) for _ in range(self.jobs)]
+        futures = [self.pool.submit(self.work, slot) for slot in self.slots]
+        wait(futures)
         for future in futures:
             future.result()
         if self.failed:
             log = self.log(self.failed[0])
             raise UserError(f"{len(self.failed)} runs failed, such as that of {log}: give the command again afterwards")
 
-    def work(self) -> None:
-        """Train one run after another until none is left."""
-        slot = self.slots.get()
+    def work(self, slot: dict[str, str]) -> None:
+        """Train one run after another until none is left.
+
+        Args:
+            slot: environment variables of these runs.
+        """
         while run := self.next_run():
-            record = self.train(run, slot)
-            with self.changed:
-                if record:
-                    self.keep(run, record)
-                elif not self.stopped:
-                    self.failed.append(run)
-                    print(f"{run.name} FAILED, see {self.log(run)}", flush=True)
-                self.running.remove(run)
-                self.changed.notify_all()
+            try:
+                record = self.train(run, slot)
+                with self.changed:
+                    if record:
+                        self.keep(run, record)
+                    elif not self.stopped:
+                        self.failed.append(run)
+                        print(f"{run.name} FAILED, see {self.log(run)}", flush=True)
+            finally:
+                with self.changed:  # also after an error: other threads may be waiting for this run
+                    self.running.remove(run)
+                    self.changed.notify_all()
 
     def next_run(self) -> Run | None:
         """The first waiting run whose teacher is trained; waits for teachers in training. None at the end."""

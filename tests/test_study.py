@@ -261,6 +261,20 @@ def test_a_run_with_other_flags_is_not_taken_for_the_one_in_the_grid(tmp_path):
     assert not results.records_file(tmp_path, "digits").exists()
 
 
+def test_an_error_in_one_thread_does_not_keep_the_others_waiting(tmp_path, monkeypatch):
+    """Here for the teacher, whose report cannot be read."""
+    monkeypatch.setitem(study.STUDIES, "tiny", TINY)
+    runner = study.Runner(tmp_path, None, jobs=2)
+    (student,) = study.grid("tiny", "*-od-0")
+    folder = runner.job_dir(student.teacher)
+    folder.mkdir(parents=True)
+    config = options.parse("main", runner.command(student.teacher)[1:]).recorded()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "report.json").write_text("no report")
+    with pytest.raises(json.JSONDecodeError):
+        runner.run("tiny", student.name)
+
+
 def test_only_chooses_runs_by_their_names(tmp_path):
     names = [run.name for run in study.grid("cifar100", "depthwise-*-0")]
     assert "depthwise-od-0" in names
