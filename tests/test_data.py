@@ -1,6 +1,8 @@
 """Data sets, the validation split, folders of small images, and augmentation."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ import data
 from data.folder import folder
 from data.loader import AugmentedBatches, Batches
 from data.sources import Split, channel_statistics, stratified_split
-from tests.helpers import make_tree
+from tests.helpers import ROOT, make_tree
 
 CPU = torch.device("cpu")
 
@@ -318,3 +320,22 @@ def test_training_images_in_validation_and_test_are_counted(tmp_path):
     assert data.load("folder", tmp_path / "set", 0.5).repeated == {"validation": 1, "test": 3}
     assert data.load("folder", tmp_path / "set", 0).repeated == {"test": 3}
     assert data.load("folder", tmp_path / "set", 0, image_size=32).repeated == {}  # streamed: not in memory
+
+
+IN_MEMORY = """
+import sys
+from pathlib import Path
+import torch
+import data
+
+for name, data_dir in (("digits", None), ("folder", Path(sys.argv[1]))):
+    loaders = data.make_loaders(data.load(name, data_dir, 0.2), 4, 4, 0, torch.device("cpu"), workers=1)
+    assert len(next(iter(loaders.train))[1]) == 4
+assert "torchvision" not in sys.modules
+"""
+
+
+def test_images_in_memory_need_no_torchvision(tmp_path):
+    """Importing it takes a second."""
+    make_tree(tmp_path / "set")
+    subprocess.run([sys.executable, "-c", IN_MEMORY, str(tmp_path / "set")], cwd=ROOT, check=True, timeout=300)
