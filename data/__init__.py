@@ -31,21 +31,24 @@ def load(
     image_size: int | None = None,
     train_size: float | None = None,
 ) -> DataSet:
-    """Load a data set by name and split the validation set from its training set.
+    """Load a data set by name and split a validation set from its training set.
 
-    The split is stratified and depends on the data and val_size alone, so that a pretrained teacher, its students and
-    their refinement, whatever their seeds, validate on the same images and train on none of them.
+    The split is stratified and depends only on the data and val_size. A pretrained teacher, its students and their
+    refinement therefore validate on the same images, whatever their seeds, and train on none of them.
 
     Args:
-        data_dir: None for the default, data/downloads; the digits need none, imagenet and folder need their own.
-        val_size: a fraction below 1 or a number of images. 0: validate on the test set.
-        workers: threads that decode small images.
-        image_size: pixels on each side of streamed images; None: 224, and small images of one size do not stream.
-        train_size: training images to keep of those that validation leaves, stratified, too: as val_size; None: all.
+        name: one of NAMES.
+        data_dir: folder of the data. Default: data/downloads; imagenet and folder have no default, digits need none.
+        val_size: fraction (below 1) or number of training images to split off. 0 validates on the test set. A val/
+            beside train/ and test/ is used as it is.
+        workers: threads that decode images to memory.
+        image_size: height and width of streamed images. With it, the small images of a folder stream, too. Default:
+            224 for images that stream.
+        train_size: fraction (below 1) or number of the remaining training images to keep, stratified. Default: all.
 
     Raises:
-        UserError: an unknown name, data that is missing or malformed, an image_size for images that do not stream, a
-            val_size or train_size that leaves nothing to train on or asks for more than there is.
+        UserError: the name is unknown, the data is missing or malformed, image_size is given for a data set that does
+            not stream, or val_size or train_size does not fit the number of images.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set '{name}': choose from {', '.join(NAMES)}")
@@ -96,11 +99,11 @@ class Loaders(NamedTuple):
 def make_loaders(
     dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> Loaders:
-    """Batches of the three splits; each process of the run gets its share.
+    """Batches of the three splits, or this process's share of them.
 
     Args:
-        train_batch_size: of all processes together.
-        workers: processes that read the images if they are not in memory.
+        train_batch_size: images in a batch, over all processes.
+        workers: processes that read streamed images.
 
     Raises:
         UserError: there are too few images for so many processes.

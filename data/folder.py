@@ -14,17 +14,17 @@ from utils.normalization import NORMALIZATIONS
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
 LARGEST = 64  # pixels on each side of images that are kept in memory
-IMAGE_SIZE = 224  # of streamed images, unless the user says otherwise
+IMAGE_SIZE = 224  # default height and width of streamed images
 
 
 def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataSet:
-    """The images under data_dir. With both test/ and val/, val/ is the validation set.
+    """Load the images under data_dir. With both test/ and val/, val/ is the validation set.
 
-    Images that are all of one size of at most LARGEST x LARGEST go to memory, unless image_size says to stream them.
+    Images of a single size of at most LARGEST x LARGEST are kept in memory unless image_size is given.
 
     Raises:
-        UserError: no such tree, a split without images, fewer than two classes, other classes in test than in train,
-            too many images that cannot be read.
+        UserError: the tree is missing, a split has no images, there are fewer than two classes, test has a class that
+            train lacks, or too many images cannot be read.
     """
     root = data_dir.resolve()
     classes, splits = image_tree(root, ("train", "test", "val"))
@@ -50,7 +50,7 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
         **_roles(splits),
         mean=mean,
         std=std,
-        padding=images.shape[1] // 8,  # 4 pixels of 32, as CIFAR's recipe
+        padding=images.shape[1] // 8,  # 4 pixels of 32, as in CIFAR's recipe
         flip=True,
         skipped=skipped,
     )
@@ -73,7 +73,7 @@ def streamed(name: str, classes: list[str], splits: dict[str, Split], image_size
 
 
 def _roles(splits: dict[str, Split]) -> dict[str, Split]:
-    """Splits by their use: without test/, val/ is the test set."""
+    """The splits, with val/ as the test set if there is no test/."""
     return splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
 
 
@@ -81,7 +81,7 @@ def image_tree(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, S
     """The classes in root/train, and the image files of each split in `names` that exists, sorted by class and name.
 
     Raises:
-        UserError: there is no such tree; a split without images; fewer than two classes; a class that train lacks.
+        UserError: the tree is missing, a split has no images or a class that train lacks, or classes are too few.
     """
     names = [name for name in names if (root / name).is_dir()]
     if "train" not in names:

@@ -1,4 +1,4 @@
-"""Image files: every mode and format becomes RGB, damaged files are skipped."""
+"""Reads image files of every mode and format as RGB, and skips damaged ones."""
 
 import errno
 import warnings
@@ -14,7 +14,7 @@ from utils.errors import UserError, log
 
 
 class DamagedImage(Exception):
-    """Why an image file cannot be read."""
+    """An image file cannot be read; the message is the reason."""
 
 
 def read(path: bytes) -> Image.Image:
@@ -45,17 +45,17 @@ def _read(path: bytes) -> Image.Image:
 
 
 def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarray, dict[int, str]] | None:
-    """Decode image files that are all of one size; None if they are not, or if a side is longer than `largest`.
+    """Decode image files of a single size; None if sizes differ, or if a side is longer than `largest`.
 
     A thread holds the GIL for half of the 90 us that a CIFAR image takes, so a third thread gains nothing; processes
     would have to start, and to send the pixels.
 
     Args:
-        paths: (n,) as bytes.
-        workers: threads.
+        paths: (n,) bytes.
+        workers: number of threads.
 
     Returns:
-        (n, H, W, 3) uint8, and the reason for each index whose file cannot be read.
+        (n, H, W, 3) uint8, and {index: reason} of the files that cannot be read.
     """
     size = _first_size(paths)
     if max(size) > largest:
@@ -85,7 +85,7 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
         warnings.simplefilter("ignore")  # as in `read`
         for chunk, alike in zip(chunks, decoded := pool.map(decode, chunks), strict=True):
             if not alike:
-                decoded.close()  # cancels what has not begun
+                decoded.close()  # cancels the chunks that have not begun
                 return None
             bar.update(len(chunk))
     return images, dict(sorted(damaged.items()))
@@ -102,7 +102,7 @@ def _first_size(paths: np.ndarray) -> tuple[int, int]:
 
 
 def _damage(error: Exception) -> DamagedImage:
-    """Why an image cannot be read; raises the error again where it says nothing about the file."""
+    """The error as a DamagedImage; raises it again if the machine caused it rather than the file."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
     if isinstance(error, UnidentifiedImageError):
@@ -111,13 +111,13 @@ def _damage(error: Exception) -> DamagedImage:
 
 
 class SkippedImages:
-    """The damaged images of a data set that have been met so far: a few are left out, many stop the run.
+    """The damaged images found in a data set so far: a few are skipped, many stop the run.
 
     Args:
-        total: images of the data set, all splits together.
+        total: number of images in all splits.
 
     Attributes:
-        reasons: why each cannot be read, by its path as text.
+        reasons: why an image cannot be read, by its path as text.
     """
 
     TOLERATED = 0.01
@@ -127,15 +127,15 @@ class SkippedImages:
         self.reasons: dict[str, str] = {}
 
     def add(self, found: Mapping[bytes, str]) -> None:
-        """Leave out these images; logs the path of each that is new.
+        """Skip images, by path with the reason, and log each new one.
 
         Raises:
-            UserError: they are more than TOLERATED of the data set.
+            UserError: more than TOLERATED of the data set is skipped.
         """
         self._add({path.decode(errors="backslashreplace"): reason for path, reason in found.items()})
 
     def share(self) -> None:
-        """Add what the other processes have met, all of which must call this; raises as `add` does."""
+        """Add the images that other processes skipped; all of them must call this. Raises as `add` does."""
         for reasons in distributed.gathered(self.reasons):
             self._add(reasons)
 

@@ -50,15 +50,15 @@ class Batches:
 class AugmentedBatches(Batches):
     """Shuffled batches in which each image gets a random crop after zero padding and a random flip of its own.
 
-    All randomness of an epoch is drawn at its start from (seed, epoch) alone, on the CPU: the same on every device,
-    and on a run that was resumed, be it in the middle. Each process gets its share of every batch. A last batch that
-    is too small to be shared is left out.
+    All random numbers of an epoch are drawn at its start, on the CPU, from (seed, epoch). They are the same on every
+    device and in a resumed run. Each process gets its share of every batch. A last batch that is too small for all
+    processes is dropped.
 
     Args:
         padding: pixels on each side.
 
     Attributes:
-        position: batches of the epoch handed out so far, with those before the start.
+        position: batches of the epoch so far, including those before the start.
     """
 
     def __init__(self, *args, padding: int, flip: bool, seed: int):
@@ -69,7 +69,7 @@ class AugmentedBatches(Batches):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration draws its randomness for, and the batch (from 0) it starts with."""
+        """Set the epoch of the next iteration, which seeds its random numbers, and the batch (from 0) to start with."""
         self.epoch, self.start = epoch, start
         self.position = start
 
@@ -100,6 +100,6 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def without_a_small_last(count: int, batch_size: int) -> int:
-    """How many of `count` images to train on: of the last batch, too, BatchNorm needs two in every process."""
+    """`count` without a last batch that has fewer than two images for each process, which BatchNorm needs."""
     last = count % batch_size
     return count - last if last < 2 * world_size() else count

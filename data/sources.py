@@ -1,4 +1,4 @@
-"""What a data set is, the one that ships with the project, and what all sources of data sets need."""
+"""The types DataSet and Split, the digits that ship with the project, and functions that all sources share."""
 
 import hashlib
 import os
@@ -25,7 +25,12 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Split:
-    """images: (n, H, W, 3) uint8, or (n,) the paths of their files as bytes; targets: (n,) int64 class indices."""
+    """Images of one use.
+
+    Attributes:
+        images: (n, H, W, 3) uint8, or for images that stream (n,) paths as bytes.
+        targets: (n,) int64 class indices.
+    """
 
     images: np.ndarray
     targets: np.ndarray
@@ -37,7 +42,7 @@ class Split:
         return Split(self.images[indices], self.targets[indices])
 
     def fingerprint(self, data_dir: Path | None) -> Fingerprint:
-        """Of the targets and pixels or, for images that stream, their paths below `data_dir`."""
+        """Hash the targets and pixels or, for images that stream, the targets and the paths below `data_dir`."""
         images = np.ascontiguousarray(self.images)
         digest = hashlib.sha256(np.ascontiguousarray(self.targets))
         if images.ndim == 1:
@@ -51,13 +56,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image file to the pixels that a network is evaluated on. Sizes are (height, width).
+    """How an image file becomes the pixels that a network is evaluated on. Sizes are (height, width).
 
-    The image as RGB is scaled, with its aspect ratio, until it just covers `resize`; then its center is cropped to
-    `crop`, with black around an image that is smaller. An image of size `crop` that covers `resize` stays as it is.
+    The RGB image is scaled, with its aspect ratio, until it just covers `resize`. Then its center is cropped to `crop`,
+    with black around a smaller image. An image of size `crop` that covers `resize` stays as it is.
 
     Attributes:
-        interpolation, antialias: of the scaling, in torchvision's terms.
+        interpolation, antialias: arguments of torchvision's Resize.
         decoder: "pillow" stands for `data.images.read`.
     """
 
@@ -70,17 +75,16 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: as its source gives it, and once `data.load` has split it.
+    """A data set, before or after `data.load` splits a validation set from it.
 
     Attributes:
-        val: validation images; None while not split, unless the data set brings its own. With val_size 0 it is `test`.
-        mean, std: of each channel, of pixels in 0 .. 1.
-        padding: pixels by which a random crop may move an image in memory.
-        border: black pixels on each side of an image in memory that its file does not have.
-        flip: an image and its mirror image are of the same class.
-        image_size: pixels on each side to which images are cropped that stream from their files; None: all of them are
-            in memory, as they are.
-        skipped: images that are damaged, and count as if they were not there.
+        val: validation images; with val_size 0, it is `test`. None before the split, unless the data set has its own.
+        mean, std: per channel, of pixels in 0 .. 1.
+        padding: zero padding in pixels before the random crop of images in memory.
+        border: black pixels that were added on each side of images in memory.
+        flip: whether an image and its mirror image are of the same class.
+        image_size: height and width to which streamed images are cropped; None if the images are in memory.
+        skipped: damaged images, which are left out.
     """
 
     name: str
@@ -111,13 +115,13 @@ class DataSet:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """By their names, each once: no validation set that is the test set."""
+        """The splits by name, without the validation set if it is the test set."""
         splits = {"training": self.train, "validation": self.val, "test": self.test}
         return {name: split for name, split in splits.items() if name == "test" or split is not self.test}
 
     @cached_property
     def repeated(self) -> dict[str, int]:
-        """How many training images have the pixels of a validation or test image; nothing for those that stream."""
+        """Number of training images that are in another split, too, by its name; empty for images that stream."""
         if self.image_size:
             return {}
         hashes = {
@@ -128,7 +132,7 @@ class DataSet:
         return {name: sum(map(set(known).__contains__, training)) for name, known in hashes.items()}
 
     def repetitions(self) -> list[str]:
-        """A note for each split with images that were trained on."""
+        """A note for each split that shares images with the training set."""
         return [
             f"{count:,} of {len(self.train):,} training images are pixel by pixel in the {name} set, too: accuracies "
             "there are in part on images that were trained on."
@@ -137,7 +141,7 @@ class DataSet:
         ]
 
     def doubts(self) -> list[str]:
-        """Notes on images that could not be read, that repeat training images, or that a split lacks of a class."""
+        """Notes on repeated images, images that cannot be read, and classes without an image in a split."""
         notes, reasons = self.repetitions(), self.skipped.reasons
         if reasons:
             path, reason = min(reasons.items())
@@ -152,7 +156,7 @@ class DataSet:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Of streamed images the center seven eighths, 224 pixels of 256, as ImageNet's usual recipe."""
+        """Streamed images are cropped to their center, 224 of 256 pixels, as in ImageNet's usual recipe."""
         _, height, width = self.input_size
         if self.image_size:
             return Preprocessing(resize=(round(height * 256 / 224), round(width * 256 / 224)), crop=(height, width))
@@ -161,7 +165,11 @@ class DataSet:
     def normalized_as(
         self, mean: Sequence[float], std: Sequence[float], classes: Sequence[str], source: Path
     ) -> "DataSet":
-        """The data set with the normalization of the network in `source`, which knows these classes.
+        """The data set with the normalization of a network.
+
+        Args:
+            classes: names of the network's classes.
+            source: its file, for the message.
 
         Raises:
             UserError: the data set has other classes.
@@ -179,7 +187,7 @@ class DataSet:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Plain values for the metadata of a network that is trained on it: what its images are, and its answers."""
+        """The fields of `utils.checkpoint.Meta` that describe the data, as plain values."""
         return {
             "num_classes": len(self.classes),
             "classes": self.classes,
@@ -212,7 +220,7 @@ def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of each channel of (n, H, W, 3) uint8 images, in 0 .. 1; a constant channel counts as one step."""
+    """Mean and std of each channel of (n, H, W, 3) uint8 images, in 0 .. 1. The std is at least 1/255."""
     count, total, squares = images[..., 0].size, np.zeros(3), np.zeros(3)
     for start in range(0, len(images), 1000):  # bounds the memory of the float copy
         pixels = images[start : start + 1000] / np.float32(255)
@@ -225,7 +233,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def stratified_split(targets: np.ndarray, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `size` images drawn at random with every class in its proportion, and of the others, both in order."""
+    """Draw `size` images, stratified by class. Returns the sorted indices of these and of the other images."""
     order = np.random.default_rng(seed).permutation(len(targets))
     share = np.empty(len(targets))
     for label in np.unique(targets):

@@ -1,4 +1,4 @@
-"""Batches of images that stay in their files: processes read, crop and scale them, the device normalizes them."""
+"""Batches of streamed images: worker processes read, crop and scale them, the device normalizes them."""
 
 import atexit
 import signal
@@ -24,19 +24,19 @@ from utils.errors import UserError
 
 
 def training_crop(size: int) -> v2.Transform:
-    """A PIL image -> (3, size, size) uint8, a random part of it or its mirror image, as ImageNet's usual recipe."""
+    """ImageNet's usual augmentation, random resized crop and flip: PIL image -> (3, size, size) uint8."""
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def evaluation_crop(preprocessing: Preprocessing) -> v2.Transform:
-    """A PIL image -> (3, S, S) uint8, its center."""
+    """Resize and center crop: PIL image -> (3, S, S) uint8."""
     interpolation = v2.InterpolationMode(preprocessing.interpolation)
     resize = v2.Resize(preprocessing.resize[0], interpolation, antialias=preprocessing.antialias)  # of the shorter side
     return v2.Compose([resize, v2.CenterCrop(preprocessing.crop), v2.PILToTensor()])
 
 
 class InOrder:
-    """A batch sampler: each image is asked for by its index and a seed, which here nothing depends on."""
+    """A batch sampler in fixed order. An image is requested as (index, seed); the seed is not used here."""
 
     def __init__(self, count: int, batch_size: int):
         self.num_images, self.batch_size = count, batch_size
@@ -51,9 +51,9 @@ class InOrder:
 
 
 class Shuffled(InOrder):
-    """The images in an order, and each with a seed, that depend on (seed, epoch) alone.
+    """A batch sampler whose order and seeds for the images depend only on (seed, epoch).
 
-    The seeds travel with the indices, for worker processes see no attribute that changes after they started.
+    The seeds are sent with the indices because worker processes do not see attributes that change after they start.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int):
@@ -69,7 +69,7 @@ class Shuffled(InOrder):
 
 
 class Sample(NamedTuple):
-    """An image of a split, (3, S, S) uint8; None if it cannot be read, for the reason given."""
+    """An image of a split, (3, S, S) uint8; None if it cannot be read, with the reason."""
 
     index: int
     image: Tensor | None
@@ -78,7 +78,7 @@ class Sample(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """The images of a split, read and cropped, all chance drawn from the seed that comes with an index."""
+    """Reads and crops the images of a split, with random numbers from the seed that comes with each index."""
 
     def __init__(self, split: Split, transform: v2.Transform):
         self.split, self.transform = split, transform
@@ -99,7 +99,7 @@ class ImageFiles(Dataset):
 
 
 def collate(samples: list[Sample]) -> tuple[Any, Any, list[Sample]]:
-    """((B, 3, S, S) uint8, (B,) targets) of the images that could be read, two empty lists if none; and the others."""
+    """(B, 3, S, S) uint8 images and (B,) targets, or two empty lists if no image could be read; damaged samples."""
     good = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     images, targets = default_collate(good) if good else ([], [])
     return images, targets, [sample for sample in samples if sample.image is None]
@@ -108,18 +108,18 @@ def collate(samples: list[Sample]) -> tuple[Any, Any, list[Sample]]:
 class StreamedBatches:
     """Normalized batches: (B, 3, S, S) float32 in channels_last, and (B,) targets; like data.loader.Batches.
 
-    Images that cannot be read are left out, so that a batch may be smaller than the others, or missing. In training the
-    processes of a run go through the batches in step; in evaluation each goes through its own.
+    Images that cannot be read are left out, so that a batch may be smaller than the others, or missing. In training,
+    all processes of a run iterate in step; in evaluation, each iterates over its own images.
 
     Args:
-        order: which images, with which seeds, make a batch.
-        transform: a PIL image -> (3, S, S) uint8.
-        workers: processes that read images; 0: this process does. Those for training stay between epochs.
-        skipped: takes the images that cannot be read.
-        training: batches of which a process has fewer than two images are left out, for BatchNorm.
+        order: the batch sampler.
+        transform: PIL image -> (3, S, S) uint8.
+        workers: processes that read images; with 0, this process does. Workers for training persist between epochs.
+        skipped: collects the images that cannot be read.
+        training: leave out batches with fewer than two images in a process, which BatchNorm needs.
 
     Attributes:
-        position: batches of the epoch done with so far: handed out, left out, or before the start.
+        position: batches of the epoch so far, including those that were left out or are before the start.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class StreamedBatches:
             collate_fn=collate,
             pin_memory=normalize.device.type == "cuda",
             persistent_workers=training and workers > 0,
-            generator=torch.Generator(),  # which it seeds workers from: the global one belongs to the networks
+            generator=torch.Generator(),  # for the seeds of workers; the global one belongs to the networks
         )
 
     @property
@@ -150,14 +150,14 @@ class StreamedBatches:
 
     @property
     def num_images(self) -> int:
-        """Of an epoch, before any is left out."""
+        """Images of an epoch, including damaged ones."""
         return self.order.num_images
 
     def __len__(self) -> int:
         return len(self.order)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration draws its randomness for, and the batch (from 0) it starts with."""
+        """Set the epoch of the next iteration, which seeds its random numbers, and the batch (from 0) to start with."""
         self.order.epoch, self.order.start = epoch, start
         self.position = start
 
@@ -182,14 +182,14 @@ class StreamedBatches:
             raise UserError(f"there is no batch of {needed} images that can be read: repair them")
 
     def _loaded(self) -> Iterator[tuple[Any, Any, list[Sample]]]:
-        """The batches as `collate` makes them."""
+        """Batches as `collate` returns them."""
         iterator = None
         try:
             with _signals_blocked():
                 iterator = iter(self.loader)
             _iterators.add(iterator)
             yield from iterator
-        except OSError as error:  # a worker's is a text, whose last line is its error
+        except OSError as error:  # a worker's message is its traceback, with the error in the last line
             # The garbage collector may finalize their queues first, and they would never end.
             _end_workers(iterator or _unfinished_iterator(error))
             raise UserError(f"reading images fails: {str(error).splitlines()[-1]}") from error
@@ -201,7 +201,7 @@ class StreamedBatches:
 def stream(
     dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> tuple[StreamedBatches, StreamedBatches, StreamedBatches]:
-    """The batches to train on, to validate on and to test on."""
+    """Training, validation and test batches."""
     common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
     order = Shuffled(len(dataset.train), train_batch_size, seed)
     train = StreamedBatches(dataset.train, order, training_crop(dataset.image_size), *common, training=True)
@@ -211,13 +211,13 @@ def stream(
     return train, val, test
 
 
-_iterators = weakref.WeakSet()  # of DataLoaders
+_iterators = weakref.WeakSet()  # iterators of DataLoaders
 _workers = weakref.WeakSet()  # their processes
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Workers that are started within do not get the signals that this process handles in Python.
+    """Workers that start within this context do not get the signals that this process handles in Python.
 
     A terminal or a job scheduler signals all processes of a group. The workers would end with a traceback before this
     process is ready to end.
@@ -254,10 +254,10 @@ def _end_workers(iterator: Any) -> None:
 
 @atexit.register
 def _end_all_workers() -> None:
-    """Before multiprocessing sends SIGTERM, which workers may block, to those that are left, and waits for them."""
+    """End all workers before multiprocessing sends them SIGTERM, which they may block, and waits for them."""
     try:
         for iterator in list(_iterators):
             _end_workers(iterator)
-    finally:  # some are stuck, or their iterator is garbage, or could not start all of its workers
+    finally:  # a worker may be stuck, or its iterator may be gone
         for worker in list(_workers):
             worker.kill()

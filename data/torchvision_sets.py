@@ -20,7 +20,7 @@ class TorchvisionSet(NamedTuple):
     """A small data set in torchvision.datasets.
 
     Attributes:
-        class_name: of torchvision's class.
+        class_name: class in torchvision.datasets.
         path: file or folder of a split, below data_dir.
         flip, border: as in DataSet; with the border, images are 32 x 32.
         statistics: mean and std; None: those of the training images.
@@ -38,7 +38,7 @@ class TorchvisionSet(NamedTuple):
         """Read the data set from data_dir, or download it there.
 
         Raises:
-            UserError: it is damaged, or neither there nor to be downloaded.
+            UserError: it is damaged, or missing and cannot be downloaded.
         """
         with first_on_each_machine():
             (train, classes), (test, _) = (self._read(name, data_dir, split) for split in ("train", "test"))
@@ -89,7 +89,7 @@ TORCHVISION_SETS = {
     "svhn": TorchvisionSet("SVHN", "{split}_32x32.mat", flip=False, matlab=True),
 }
 
-IMAGENET_ARCHIVES = {  # by the split that they hold
+IMAGENET_ARCHIVES = {  # by split
     "train": "ILSVRC2012_img_train.tar",
     "val": "ILSVRC2012_img_val.tar",
 }
@@ -102,7 +102,7 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
     time.
 
     Raises:
-        UserError: neither is there, or what is there is not complete.
+        UserError: neither is there, or it is incomplete.
     """
     root = data_dir.resolve()
     with first_on_each_machine():
@@ -129,7 +129,7 @@ def _unpack(root: Path, split: str, archive: str) -> None:
 
 
 def _require_scipy(what: str) -> None:
-    """Raise a UserError if scipy, with which torchvision reads `what`, is not installed."""
+    """Raise a UserError if scipy is not installed, which torchvision needs to read `what`."""
     try:
         import scipy.io  # noqa: F401
     except ImportError as error:
