@@ -273,6 +273,7 @@ def test_an_error_in_one_thread_does_not_keep_the_others_waiting(tmp_path, monke
     (folder / "report.json").write_text("no report")
     with pytest.raises(json.JSONDecodeError):
         runner.run("tiny", student.name)
+    assert (runner.running, runner.failed) == ([], [student])
 
 
 def test_only_chooses_runs_by_their_names(tmp_path):
