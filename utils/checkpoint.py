@@ -36,7 +36,7 @@ RecordedConfig = TypedDict("RecordedConfig", {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Fingerprints of what a run computes from. None: not used, or not recorded by an older version."""
+    """Fingerprints of the inputs of a run; None if not used, or not recorded by an older version."""
 
     train: Fingerprint | None = None
     val: Fingerprint | None = None
@@ -82,7 +82,7 @@ class Meta:
         mean, std: normalization of each channel of pixels in 0 .. 1.
         config: the recorded configuration of the run.
         preprocessing: `data.sources.Preprocessing` from file to pixels; older files lack it.
-        start: for people, the weights from which training started.
+        start: the weights from which training started, in words.
         accuracy: top-1 in % of an exported network, by split.
         networks: accuracy and cost of every network of the run.
         history: configurations of the runs before, for a refined student.
@@ -136,7 +136,7 @@ class ExportedNetwork:
 
 @dataclass(frozen=True)
 class Progress:
-    """The steps so far of an epoch that was interrupted.
+    """The steps done of an interrupted epoch.
 
     Attributes:
         position: batches that were taken from the loader.
@@ -289,14 +289,14 @@ def load_checkpoint(path: Path) -> TrainingCheckpoint:
 
 
 def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
-    """A training checkpoint to go on from, with the model_best.pt beside it.
+    """Load a training checkpoint to resume, and check it and the model_best.pt beside it.
 
     Args:
-        meta: of the run that goes on.
+        meta: metadata of the run that resumes it.
         force: accept other images, another teacher, or another student to refine.
 
     Raises:
-        UserError: they cannot be read or do not belong together, or the run had other flags, inputs or more epochs.
+        UserError: a file is damaged, they do not belong together, or the run had other flags, inputs or more epochs.
     """
     content = load_checkpoint(path)
     was = content.meta
@@ -311,7 +311,7 @@ def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
     if content.best:
         path_of_best = path.with_name("model_best.pt")
         best_epoch = load_checkpoint(path_of_best).epoch
-        # A run that was killed between its two writes left the best of the next epoch, which comes again.
+        # A run killed between its two writes leaves the best of the next epoch, which is trained again.
         if best_epoch not in (content.best.epoch, content.epoch + 1):
             raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
         begun = max(begun, best_epoch)
@@ -344,7 +344,7 @@ def restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None
                 return build(meta.model, **specification)
             networks = [build(meta.model, **specification) for _ in range(meta.ensemble.num_students)]
             return Ensemble(METHODS[meta.ensemble.method].online_teacher(networks, meta.num_classes))
-        except Exception as error:  # the file can say anything
+        except Exception as error:  # the file may contain anything
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 
     return build_with(weights, builder, f"{path} as {meta.model}").eval(), meta

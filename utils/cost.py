@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, measured latency."""
+"""Costs of a network: parameters, multiply-accumulates, measured latency."""
 
 import copy
 import math
@@ -45,7 +45,7 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
         logits = _forward(model, input_size)
     except OSError:
         raise
-    except Exception as error:  # the network may be anybody's
+    except Exception as error:  # the network may be the user's own and fail in any way
         size = " x ".join(map(str, input_size[1:]))
         raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):

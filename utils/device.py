@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
-        UserError: no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -60,7 +60,7 @@ class Execution:
 
     Attributes:
         code: PLAIN, KERNELS, GRAPH or COMPILED.
-        remark: why it is no faster code.
+        remark: why faster code cannot be used.
         tunes_cudnn: cuDNN times its algorithms, which pays since all batches have one shape.
     """
 
@@ -81,7 +81,7 @@ class Execution:
 
 
 def pick_execution(name: str, device: torch.device) -> Execution:
-    """Choose by --compile; `apply_execution` puts the choice into effect.
+    """Choose how to run the training step, from --compile; `apply_execution` applies it.
 
     "auto" is the fastest that is certain to be worth its preparation: on the CPU the fused kernels, which compile in
     seconds, where there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA compiles the networks
@@ -123,13 +123,13 @@ def apply_execution(execution: Execution) -> None:
 
 
 def _limit_threads(cores: int) -> None:
-    """More threads than a container's CPU quota has cores would wait for each other most of the time."""
+    """Use no more threads than the CPU quota of a container has cores: they would wait for each other."""
     if torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
 
 
 def _keep_freed_memory() -> None:
-    """Let the next step have the memory that a step frees.
+    """Keep freed memory for the next step.
 
     glibc returns large blocks to the system, which hands them out again page by page, zeroed: with a batch of 1,024
     that took longer than the arithmetic.
@@ -138,7 +138,7 @@ def _keep_freed_memory() -> None:
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-            mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+            mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -186,7 +186,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """Restore what `random_state` returned; the generator of a device that is not here is left out."""
+    """Restore what `random_state` returned, except generators of devices that this machine lacks."""
     torch.set_rng_state(states["cpu"])
     for kind in ("cuda", "mps"):
         if kind in states and getattr(torch, kind).is_available():
@@ -201,7 +201,7 @@ class GraphedStep:
 
     The first WARM_UP calls run `step` itself, the next one records it. The graph is for the batch size of the first
     call; batches of another size, such as the last of an epoch, go through `step`. All calls are real training steps.
-    What changes from step to step, such as the learning rate, must be read from memory on the device.
+    Values that change from step to step, such as the learning rate, must be read from memory on the device.
     """
 
     WARM_UP = 3  # cuDNN and cuBLAS choose their algorithms, SGD creates its momentum
@@ -226,7 +226,7 @@ class GraphedStep:
         return self.outputs
 
     def _warm_up(self) -> Any:
-        side = torch.cuda.Stream()  # off the default stream, as recording is
+        side = torch.cuda.Stream()  # on another stream than the default, as in recording
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             outputs = self.step(self.images, self.targets)
@@ -271,6 +271,6 @@ def _quota(cgroup: Path, version1: bool) -> float:
     names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)  # "150000 100000"
     with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
         quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
-        if quota > 0:  # not -1, which is none in version 1
+        if quota > 0:  # version 1 has -1 for no quota
             return quota / period
     return math.inf

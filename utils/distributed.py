@@ -1,4 +1,4 @@
-"""One run in many processes, started by torchrun: one a device, each with its share of every batch.
+"""One run in many processes, started by torchrun: one process for each device, with its share of every batch.
 
 Without torchrun there is one process, and everything here does nothing. With K processes, process r takes every K-th
 image of a batch from the r-th on, DistributedDataParallel averages the gradients, and process 0 alone writes.
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -28,10 +28,10 @@ def world_size() -> int:
 
 
 def start(device: torch.device) -> torch.device:
-    """Meet the other processes, if there are any, and return the device that is this one's.
+    """Connect to the other processes, if there are any, and return the device of this one.
 
     Raises:
-        UserError: there are more processes than devices, they do not meet, or torchrun did not start them.
+        UserError: there are more processes than devices, they do not connect, or torchrun did not start them.
     """
     if dist.is_initialized() or "WORLD_SIZE" not in os.environ or _variable("WORLD_SIZE") == 1:
         return device
@@ -57,7 +57,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def _variable(name: str) -> int:
-    """A number that torchrun puts into the environment.
+    """Read a number that torchrun puts into the environment.
 
     Raises:
         UserError: it is missing, or not a number.
@@ -71,14 +71,14 @@ def _variable(name: str) -> int:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of `values`, a tensor on the CPU or the device, over all processes."""
+    """All-reduce (sum) of a tensor on the CPU or the device."""
     if world_size() > 1:
         dist.all_reduce(values := values.clone())
     return values
 
 
 def counts(count: int) -> list[int]:
-    """What each process counts, in the order of their ranks."""
+    """The counts of all processes, by rank."""
     if world_size() == 1:
         return [count]
     values = torch.zeros(world_size(), dtype=torch.long)
@@ -87,7 +87,7 @@ def counts(count: int) -> list[int]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The values, which must be picklable, that the processes have, in the order of their ranks."""
+    """The values of all processes, by rank; they must be picklable."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -95,7 +95,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def largest(value: int) -> int:
-    """The largest of the values, 0 or more, that the processes have."""
+    """Maximum over all processes of values that are 0 or more."""
     if world_size() > 1:
         dist.all_reduce(values := torch.tensor(value), dist.ReduceOp.MAX)
         return int(values)
@@ -108,16 +108,16 @@ def wait_for_all() -> None:
 
 
 def copy_buffers_of_first(network: nn.Module) -> None:
-    """Give a network the buffers that it has in process 0: the running statistics that will be exported."""
+    """Broadcast the buffers of process 0: its running statistics are exported."""
     if world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def stop() -> None:
-    """End this process together with the others, if there are any, when all of its work is done.
+    """Wait for the other processes, if there are any, and end this one when all of its work is done.
 
-    At once, for torch may abort a process in which it takes down its threads and groups of processes by itself.
+    It ends without Python's cleanup, in which torch may abort the process while it destroys its process groups.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -126,13 +126,13 @@ def stop() -> None:
 
 
 def share(count: int) -> slice:
-    """Which of `count` things are this process's."""
+    """The slice of `count` items that belongs to this process."""
     return slice(rank(), count, world_size())
 
 
 @contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """The first process of a machine goes first, so that the others find what it downloaded or unpacked."""
+    """Let the first process of a machine go first, so that the others find the files that it downloads."""
     first = world_size() == 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         wait_for_all()
@@ -144,7 +144,7 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 class _Total(torch.autograd.Function):
-    """`total`, of which every process's result depends on every process's values: so do the gradients."""
+    """Differentiable all-reduce (sum): gradients are summed over all processes, too."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class _Total(torch.autograd.Function):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that in training takes mean and variance over the batches of all processes, on any device.
 
-    (B, C, ...) -> (B, C, ...), B of its own in each process; at least one image in all. (torch.nn.SyncBatchNorm is for
-    GPUs alone.)
+    (B, C, ...) -> (B, C, ...); B may differ between processes, with at least one image in all. torch.nn.SyncBatchNorm
+    needs GPUs.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -170,7 +170,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         dimensions = [0, *range(2, x.dim())]
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Each process's moments in a row of its own, for sums of squares over all would cancel.
+        # One row of moments for each process, because sums of squares over all of them would cancel.
         local = torch.cat([
             *torch.var_mean(values, dimensions, correction=0),
             values.new_tensor([values.numel() / values.shape[1]]),
@@ -192,7 +192,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Make every BatchNorm of a network one of all processes; its state and keys stay as they are."""
+    """Replace every BatchNorm of a network by SyncBatchNorm, with the same state and keys."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SyncBatchNorm

@@ -1,4 +1,4 @@
-"""What a script says to a person: errors in one line, the log, and output streams that never fail."""
+"""Output of the scripts: errors in one line, the log, and output streams that never fail."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of a library's error; the name of its class if it has no message."""
+    """First line of the message of a library's error, or the name of its class if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -49,7 +49,7 @@ log.addHandler(_Lines())
 
 
 def log_to(path: Path | None) -> None:
-    """Write the log, with times, to this file too, instead of the file before; None ends that."""
+    """Also write the log, with times, to `path`, which replaces an earlier one; None stops writing to a file."""
     for handler in [handler for handler in log.handlers if isinstance(handler, _LogFile)]:
         log.removeHandler(handler)
         handler.close()

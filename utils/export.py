@@ -33,7 +33,7 @@ from utils.job import deployed
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of the logits
-WIDE_GROUP = 16  # channels of a group below which ONNX Runtime is faster with merged, wider groups
+WIDE_GROUP = 16  # channels per group below which ONNX Runtime is faster with merged, wider groups
 # Metadata of an ONNX file: strings as they are, everything else as JSON.
 METADATA = (
     *("classes", "accuracy", "input_size", "preprocessing", "mean", "std"),
@@ -47,7 +47,7 @@ _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack"
 class Agreement(NamedTuple):
     """How the logits of ONNX Runtime compare with PyTorch's on `images` test images.
 
-    differing: images with another predicted class; difference: largest absolute one of the logits, NaN if not finite.
+    differing: images with another predicted class; difference: largest absolute difference of logits, or NaN.
     """
 
     images: int
@@ -85,16 +85,16 @@ class Deployment:
     agreement: Agreement | None = None
 
     def lines(self) -> list[str]:
-        """For the log."""
+        """Lines for the log."""
         files = [f"also exported {', '.join(map(str, self.files))}"] if self.files else []
         return [*files, *self.notes(), *self.doubts()]
 
     def notes(self) -> list[str]:
-        """For the report, on an ONNX file that agrees."""
+        """Notes for the report on an ONNX file that agrees."""
         return [f"{self.agreement}."] if self.agreement and self.agreement.holds else []
 
     def doubts(self) -> list[str]:
-        """For the report, on what failed and an ONNX file that does not agree."""
+        """Notes for the report on failures and on an ONNX file that does not agree."""
         failed = [f"Failed: {failure}." for failure in self.failures]
         if self.agreement and not self.agreement.holds:
             failed.append(f"Look into the ONNX file before relying on it: {self.agreement}.")
@@ -119,15 +119,15 @@ def write(
 ) -> Deployment:
     """Write a network in each format beside its file `exported`, and compare its ONNX file with it on `test`.
 
-    Nothing is raised: failures are part of the result.
+    It does not raise: failures are part of the result.
 
     Args:
-        meta: the network's, as `checkpoint.load_student` returns it.
+        meta: metadata of the network, as `checkpoint.load_student` returns them.
     """
     written = Deployment()
     try:
         graph = fold(network, meta) if formats else None
-    except Exception as error:  # the network may be anybody's
+    except Exception as error:  # the network may be the user's own and fail in any way
         written.failures.append(f"not exported as {', '.join(formats)}: {first_line(error)}")
         return written
     for form in formats:
@@ -150,7 +150,7 @@ def write(
 
 
 def fold(network: nn.Module, meta: dict[str, Any]) -> fx.GraphModule:
-    """The network to deploy as a graph of aten operators on the CPU, for any batch size.
+    """Fold the network into a graph of aten operators on the CPU, for any batch size.
 
     Args:
         meta: `input_size` (C, H, W), `mean` and `std` are used.
@@ -214,7 +214,7 @@ def standard_onnx(network: nn.Module, meta: dict[str, Any]) -> bytes | None:
     """ONNX file of a network to compare with; None if PyTorch cannot export it."""
     try:
         return to_onnx(fold(network, meta), meta)
-    except Exception:  # it may be anybody's, and the student may have been split where it could not be traced
+    except Exception:  # a network of the user's own; the student may have been split where it could not be traced
         return None
 
 

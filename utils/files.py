@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, a lock of a folder, and dataclasses as plain values in files."""
+"""Atomic writes, safe reading of weights, the lock of a folder, and dataclasses as plain values in files."""
 
 import argparse
 import atexit
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TOUCHED_EVERY = 60  # seconds between the touches by which the owner of a lock shows that it lives
-FRESH = 5 * TOUCHED_EVERY  # seconds after which a lock that was not touched counts as abandoned
+TOUCHED_EVERY = 60  # seconds between touches of a lock file by its owner
+FRESH = 5 * TOUCHED_EVERY  # seconds without a touch after which a lock counts as abandoned
 PARTS, DEPTH = 1_000_000, 20  # limits on plain values, above those of any file of this program
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # other surrogates stand for bytes that are not UTF-8
 
@@ -71,7 +71,7 @@ def delete_unfinished(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk, too, where the system can."""
+    """Write the entries of a folder to the disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -101,7 +101,7 @@ def read_weights(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Check what torch.load does not: an archive's checksums and unpacked size, and bytearrays of any length.
+    """Check an archive's checksums and unpacked size, and for bytearrays of any length; torch.load does not.
 
     Raises:
         Exception: the file is damaged, or made to exhaust the memory.
@@ -147,7 +147,7 @@ class Lock:
             file = open(self.path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, closing it drops the lock
             self._claim(file, fcntl.LOCK_EX)
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                break  # its owner did not delete it meanwhile
+                break  # otherwise, its owner deleted it meanwhile
         self._file = file
         file.truncate(0)
         json.dump(self._me, file)
@@ -158,7 +158,7 @@ class Lock:
         atexit.register(self.release)
 
     def renew(self) -> None:
-        """Touch the lock file, or raise a UserError: another run has taken it over while this process was suspended."""
+        """Touch the lock file; raises a UserError if another run took it over while this process was suspended."""
         owner = _owner(self._file)
         if owner and owner != self._me:
             raise UserError(f"{self.path.parent} was taken over by {_name(owner)}: this run showed no sign of life")
@@ -295,7 +295,7 @@ def _record(kind: Any, value: Any, name: str) -> Any:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it can be written as JSON. This ends for cycles and for parts that occur again and again, too."""
+    """Whether a value can be written as JSON; also ends for cycles and parts that are repeated many times."""
     stack, parts = [(value, 0)], 0
     while stack:
         part, depth = stack.pop()

@@ -13,20 +13,20 @@ from typing import NoReturn, TypeVar
 
 from utils.errors import announced_rank
 
-REQUESTS = (signal.SIGINT, signal.SIGTERM)  # of people: Ctrl-C, kill
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of terminals, schedulers and limits
+REQUESTS = (signal.SIGINT, signal.SIGTERM)  # from people: Ctrl-C, kill
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # from terminals, schedulers and limits
 SIGNALS = REQUESTS + WARNINGS
-ECHO = 0.2  # seconds in which the same signal once more is the same request: `timeout` sends every signal twice
+ECHO = 0.2  # seconds within which a repeated signal is the same request: `timeout` sends every signal twice
 
 T = TypeVar("T")
 
 
 class Interruption:
-    """What the signals mean to this process once they are caught: its end, at once or when it is ready for it.
+    """Ends the process after a signal, at once or, within `deferred`, when it is ready.
 
     Attributes:
-        pending: the signal that was received; 0 if none was.
-        message: what holds if the process ends now, and how to go on.
+        pending: number of the signal received, 0 if none.
+        message: what is saved if the process ends now, and how to go on.
     """
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Interruption:
         self._received_at = 0.0
 
     def catch(self) -> None:
-        """Handle the signals from here on, but for warnings that are ignored, as by nohup."""
+        """Handle the signals from now on, except those that are ignored already, as with nohup."""
         for number in SIGNALS:
             if number in REQUESTS or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -50,10 +50,10 @@ class Interruption:
             os._exit(128 + number)
 
     def _is_impatience(self, number: int) -> bool:
-        """Whether a further signal means that the process is to end at once.
+        """Whether another signal means that the process has to end at once.
 
-        torchrun sends the signals that it gets on to its processes, which may have had them already, and those that do
-        not end in time it kills. A limit of CPU time is signaled every second.
+        torchrun forwards its signals to its processes, which may have received them already, and kills those that do
+        not end in time. A limit of CPU time is signaled every second.
         """
         echo = number == self.pending and time.monotonic() - self._received_at < ECHO
         return number in REQUESTS and not echo and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -62,7 +62,7 @@ class Interruption:
         """Print the line and raise SystemExit."""
         start = "\n" if sys.stderr.isatty() else ""  # below the progress bar, or the ^C that the terminal shows
         line = f"{start}interrupted by {signal.Signals(self.pending).name}: {self.message}\n"
-        if announced_rank() == "0":  # one process of many speaks
+        if announced_rank() == "0":  # only one process of many prints
             with suppress(OSError):  # the terminal may be closed
                 # A signal may come while Python's own buffers are in use.
                 os.write(2, line.encode(errors="surrogateescape"))
@@ -76,12 +76,12 @@ class Interruption:
                 return
 
     def ignore_first(self) -> None:
-        """From here on the process is ending: a signal changes nothing, and a second one ends it at once."""
+        """The process is ending: ignore one more signal; a second one ends it at once."""
         self._deferred = True
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal only becomes `pending`: whoever sees that may `end`; leaving does so otherwise."""
+        """Within this context, a signal only sets `pending`; leaving the context then ends the process."""
         self._deferred = True
         try:
             yield
@@ -95,7 +95,7 @@ interruption = Interruption()
 
 
 def resume_command() -> str:
-    """What to type to go on with this process's run: its command with a bare --resume, and no --reset."""
+    """The command that continues this run: its own, with a bare --resume and without --reset."""
     words, machines = sys.orig_argv[1:], os.environ.get("GROUP_WORLD_SIZE")
     if machines:  # torchrun started it
         processes = os.environ["LOCAL_WORLD_SIZE"]

@@ -26,7 +26,7 @@ MARKS = {"job_dir", "teacher_model", "lambda", "miu", "pretrain"}  # keys that e
 
 
 class Job:
-    """A job_dir. Nothing is written before `open`, which keeps other runs out of it until `close`.
+    """A job_dir. Nothing is written before `open`, which locks it until `close`.
 
     Args:
         config: the run's configuration, which determines the name of the exported network.
@@ -47,7 +47,7 @@ class Job:
         self.curves = folder / "curves.png"
         self.lock = Lock(folder / "lock")
         self.logger = log
-        self.writes = distributed.rank() == 0  # one process of a run writes
+        self.writes = distributed.rank() == 0  # only one process of a run writes
         self._seen: dict[Path, tuple[int, ...]] | None = None
 
     def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
@@ -137,7 +137,7 @@ class Job:
             raise UserError(f"another run has written {changed[0]} meanwhile: look at it, and start this one again")
 
     def _stamps(self, resumed: Path | None) -> dict[Path, tuple[int, ...]]:
-        """Inode, size and time of each file here and of `resumed`, which change when another run writes them."""
+        """Inode, size and time of each file here and of `resumed`, to notice when another run writes them."""
         stats = {path: path.stat() for path in (*self._files(), *filter(None, [resumed])) if path.exists()}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
@@ -146,7 +146,7 @@ class Job:
         return f"continue with: {resume_command()}"
 
     def make_folder(self) -> None:
-        """Raises a UserError if it cannot be made."""
+        """Make the folder, or raise a UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -214,14 +214,14 @@ class Job:
         return None
 
     def _is_inside(self, path: Path) -> bool:
-        """Whether it is in the folder, not behind a symbolic link that leads out of it."""
+        """Whether a path is in the folder, and not behind a symbolic link that leads out of it."""
         return path.parent.resolve().is_relative_to(self.folder.resolve())
 
     def _clear(self, everything: bool) -> None:
         """Delete unfinished files and events of earlier runs, or all files that a run writes."""
         for path in sorted(self._files(), key=lambda path: path != self.last):  # last.pt first: no half run is resumed
             delete_unfinished(path)
-            if everything and path != self.config:  # config.json marks the folder as ours until it is replaced
+            if everything and path != self.config:  # it marks the folder as this program's until it is replaced
                 path.unlink(missing_ok=True)
         for phase in PHASES:
             for events in filter(self._is_inside, (self.events / phase).glob("events.out.tfevents.*")):

@@ -36,15 +36,15 @@ def online_distillation(
 
     Args:
         student_logits: (N, B, K).
-        teacher_logits: (B, K) of the online teacher; None where there is none.
+        teacher_logits: (B, K) of the online teacher, if there is one.
         targets: (B,) class indices.
         lam: weight of the online term.
         pretrained_logits: (B, K) of the pretrained teacher; no gradient flows into them.
         miu: weight of the term of the pretrained teacher.
         reduction: of each KL over (B, K): "batchmean" sums over classes and averages over images, the mathematical
             KL; "element" averages over both, as the authors' code does, which is K times weaker.
-        detach_teacher: the online teacher learns from the targets alone, the students from it one way.
-        rampup: factor of lam, from 0 to 1; a tensor where a recorded step reads it from memory.
+        detach_teacher: no gradient of the online term to the online teacher, which then learns from the targets alone.
+        rampup: factor of lam, from 0 to 1; a tensor if a CUDA graph reads it from memory.
 
     Returns:
         loss; ce_students; with an online teacher ce_teacher; with lam kl_online; with miu kl_pretrained.
@@ -91,7 +91,7 @@ def mutual_learning(
     if len(student_logits) < 2:
         raise ValueError("mutual learning needs at least two students")
     student_logits = _at_least_float32(student_logits)
-    # With j = i, too: a distribution is at no distance from itself, which has no gradient either.
+    # The terms with j = i are included: they are 0 and have no gradient.
     peers = student_logits.detach()
     mutual = sum(_distillation(peer, student_logits, temperature, reduction) for peer in peers) / (len(peers) - 1)
     return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * mutual})

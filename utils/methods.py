@@ -26,14 +26,14 @@ class Method:
     """Students, perhaps with an online teacher made of them, and the loss that trains them.
 
     Attributes:
-        name: for --method.
-        title: for people.
+        name: value of --method.
+        title: name in reports.
         num_students: default of --num_students, and `fewest_students` the least.
-        lam: default of --lambda, the weight of the online term; 0: the method has no such term.
+        lam: default of --lambda, the weight of the online term; 0 if the method has no such term.
         temperature: default of --temperature.
         rampup: default of --rampup_epochs, as a share of the epochs.
         uses_pretrained: it can learn from a pretrained teacher (--teacher_dir, --miu).
-        detaches: whether the online teacher gets no gradient from the online term; None: --detach_teacher says it.
+        detaches: whether the online teacher gets no gradient from the online term; None: as --detach_teacher.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Method:
         return self.online_teacher(students, num_classes) if self.has_online_teacher(config) else Students(students)
 
     def objective(self, config: Config) -> Objective:
-        """The loss of utils/losses.py with the weights that the flags give."""
+        """The loss from utils/losses.py, with the weights from the flags."""
         from utils.losses import online_distillation
 
         return partial(

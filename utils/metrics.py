@@ -1,4 +1,4 @@
-"""How good networks are: accuracies and losses of the students and the online teacher, over a split or an epoch."""
+"""Accuracies and losses of the students and the online teacher, over a split or an epoch."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ from model.online import Students
 from utils import distributed
 from utils.errors import UserError
 
-TOP5_ABOVE = 10  # classes; with so few, top-5 says little
+TOP5_ABOVE = 10  # classes; top-5 says little about fewer
 
 
 class Accuracy(NamedTuple):
-    """Top-1 and top-5 in %: NaN where logits are not finite; top-5 is None for at most ten classes."""
+    """Top-1 and top-5 in %: NaN if logits are not finite; top-5 is None for at most ten classes."""
 
     top1: float
     top5: float | None = None
@@ -37,18 +37,18 @@ class ByNetwork:
 
     @classmethod
     def of(cls, learner: Students, values: Sequence[float]) -> "ByNetwork":
-        """Args: values: one for each row of `all_logits`."""
+        """From one value for each row of `all_logits`."""
         count = len(learner.students)
         return cls(values[:count], *values[count:])
 
     def listed(self) -> list[float]:
-        """In the order of `all_logits`: the students, then the online teacher."""
+        """The values in the order of `all_logits`: the students, then the online teacher."""
         return [*self.students, *([] if self.online_teacher is None else [self.online_teacher])]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The networks of a learner on a split.
+    """Scores of the networks of a learner on a split.
 
     Attributes:
         accuracy: top-1 in %; NaN for a network with non-finite logits.
@@ -66,7 +66,7 @@ class Scores:
     confusion: np.ndarray | None = field(default=None, compare=False)
 
     def accuracies(self) -> list[Accuracy]:
-        """Of every student, in order, and last of the online teacher, if there is one."""
+        """Accuracies of the students and, last, of the online teacher if there is one."""
         columns = [values.listed() for values in (self.accuracy, self.top5) if values]
         return [Accuracy(*row) for row in zip(*columns, strict=True)]
 
@@ -79,7 +79,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TrainingScores:
-    """Averages over the images of an epoch, each as it was in its own training step.
+    """Averages over the images of an epoch, each scored in its own training step.
 
     Attributes:
         loss: the loss, named "total", and its terms.
@@ -149,7 +149,7 @@ def evaluate(
             losses = losses.view(len(logits), -1).sum(1)
             predictions = logits[:students].argmax(-1)
             differing = (predictions[:, None] != predictions).sum() / max(1, students * (students - 1))
-            # The images are counted here: of batches.num_images, some may turn out to be damaged.
+            # The images are counted here because some of batches.num_images may be damaged.
             count = hits.new_tensor([len(targets)])
             totals, classes = totals + torch.cat([count, differing[None], *hits, losses]), logits.shape[-1]
             if confusion_of is not None:
@@ -173,12 +173,12 @@ def evaluate(
 
 
 def accuracy(network: nn.Module, batches: Batches) -> Accuracy:
-    """Of one network, (B, 3, H, W) -> (B, K)."""
+    """Accuracy of one network, (B, 3, H, W) -> (B, K)."""
     return evaluate(Students([network]), batches).accuracies()[0]
 
 
 def all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
-    """(N, B, K), or (N + 1, B, K) with the online teacher's logits last."""
+    """Stack logits to (N, B, K), or (N + 1, B, K) with the online teacher's last."""
     return student_logits if teacher_logits is None else torch.cat([student_logits, teacher_logits[None]])
 
 
@@ -200,7 +200,7 @@ class EpochMeans:
     """Averages the results of an epoch's training steps over its images.
 
     Attributes:
-        losses: of each step that was waited for, the loss and its terms, named by `names`.
+        losses: the loss and its terms, named by `names`, of each settled step.
         sizes: images of each step.
     """
 
@@ -260,7 +260,7 @@ class EpochMeans:
 
 
 def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many classes are ahead of the target in each row of logits: (N, B, K) and (B,) -> (N, B)."""
+    """Number of classes ahead of the target in each row of logits: (N, B, K) and (B,) -> (N, B)."""
     own = logits.gather(-1, targets.expand(len(logits), -1)[..., None])
     earlier = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
     return ((logits > own) | ((logits == own) & earlier)).sum(-1)

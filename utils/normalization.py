@@ -1,4 +1,4 @@
-"""Mean and std of the channels, of pixels in 0 .. 1, by which images are normalized."""
+"""Normalizations of images: mean and std of each channel, for pixels in 0 .. 1."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def parse(text: str) -> MeanStd:
     """One of NORMALIZATIONS by name, or "mean,mean,mean/std,std,std".
 
     Raises:
-        ValueError: neither of them.
+        ValueError: it is neither.
     """
     if text in NORMALIZATIONS:
         return NORMALIZATIONS[text]

@@ -1,4 +1,4 @@
-"""What a run achieved: the exported network, report.md, report.json and the table that is printed last."""
+"""The results of a run: the exported network, report.md, report.json and the table that is printed last."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ class Results:
     Attributes:
         rows: the standard network first; the exported one has its network.
         confusion: (K, K) test images of the exported network by class (row) and predicted class (column).
-        disagreement: share of the test images, in %, for which two students predict different classes, over all pairs.
+        disagreement: percentage of the test images for which two students predict different classes, over all pairs.
     """
 
     rows: list[Row]
@@ -113,7 +113,7 @@ def _export(run: Run, path: Path, network: nn.Module, meta: Meta) -> export.Depl
 
 
 def measure(rows: Sequence[Row], meta: Meta, onnx: bytes | None, device: torch.device) -> None:
-    """Fill in latencies and sizes of files: of the standard and the exported network, and latencies of the others.
+    """Fill in latencies, and sizes of the files of the standard and the exported network.
 
     Args:
         onnx: content of the exported network's ONNX file.
@@ -151,7 +151,7 @@ def _notes(
     environment: dict[str, Any],
     start: str,
 ) -> list[str]:
-    """What the numbers are of, and which of them cannot be relied upon."""
+    """Notes on how the numbers were measured, and on numbers that are not reliable."""
     dataset = run.dataset
     notes = [
         str(dataset),

@@ -1,4 +1,4 @@
-"""What main.py and finetune.py have in common: a run, from its flags to the trained learner."""
+"""The parts that main.py and finetune.py share: a run, from its flags to the trained learner."""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ OUT_OF_MEMORY = (
     "out of memory: lower --train_batch_size, --eval_batch_size, --num_students, --image_size or --workers, or take a "
     "smaller network"
 )
-# PyTorch reports failures of the machine as RuntimeErrors. Parts of its messages, and what to do about each.
+# PyTorch reports failures of the machine as RuntimeErrors: parts of its messages, and the advice on them.
 FAILURES = {
     ("Too many open files",): "too many open files: raise the limit (ulimit -n), or try fewer --workers",
-    ("shared memory",): (  # in which the worker processes of a DataLoader put images
+    ("shared memory",): (  # the worker processes of a DataLoader put images there
         "shared memory (/dev/shm) is full: try fewer --workers or smaller batches, or start the container with more, "
         "by --shm-size or --ipc=host"
     ),
@@ -54,7 +54,7 @@ FAILURES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run computes with.
+    """Everything that a run computes with.
 
     Attributes:
         job: its folder; nothing is written there before `train`.
@@ -74,7 +74,7 @@ class Run:
     loaders: Loaders
 
     def learner(self, networks: Sequence[nn.Module]) -> Students:
-        """The networks, with the online teacher of the method if it has one.
+        """Make a learner of the networks, with an online teacher if the method has one.
 
         Raises:
             UserError: the networks do not take such images, or have another number of classes.
@@ -122,13 +122,13 @@ class Run:
 
 
 def standard_network(config: Config, dataset: DataSet) -> nn.Module:
-    """The standard network for such images and classes, untrained."""
+    """The untrained standard network for the images and classes of `dataset`."""
     variant = variant_for(config.arch, config.teacher_model, dataset.input_size)
     return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
 
 
 def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, Meta] | None = None) -> Run:
-    """Everything that can be wrong comes first: nothing is written.
+    """Check and load everything that a run needs, without writing anything.
 
     Args:
         inputs: files and folders that the run reads.
@@ -173,7 +173,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _explain(error: Exception) -> str | None:
-    """The line for a person; None for a bug."""
+    """The message of a mistake or failure; None for a bug."""
     text = str(error)
     if isinstance(error, UserError):
         return text

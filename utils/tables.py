@@ -17,10 +17,10 @@ from utils.job import Job, read_metrics
 from utils.metrics import Accuracy, Best
 
 ONLINE_TEACHER = "online teacher"
-BATCHES = (1, 256)  # sizes of the batches whose latency is measured
+BATCHES = (1, 256)  # batch sizes for latencies
 PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
 PREFIXES = {PYTORCH: "", ONNX: "onnx_"}  # of latencies in report.json
-UNSTEADY = 0.5  # spread above which a latency is marked
+UNSTEADY = 0.5  # spread above which a latency is marked as unsteady
 MARK = "(unsteady)"
 
 Cells = list[list[str]]
@@ -28,7 +28,7 @@ Cells = list[list[str]]
 
 
 class ClassAccuracy(NamedTuple):
-    """Test images of a class, and the accuracy on them in %, None where there are none."""
+    """Number of test images of a class and the accuracy on them in %, None without images."""
 
     name: str
     images: int
@@ -37,10 +37,10 @@ class ClassAccuracy(NamedTuple):
 
 @dataclass
 class Row:
-    """A network of a run, what it achieves and what it costs; None where that is unknown.
+    """Accuracies and costs of a network of a run; None if unknown.
 
     Attributes:
-        name: for people; a program looks at the role.
+        name: title in tables; code uses the role.
         role: "standard", "student", "before" (the student that finetune.py refined) or "online_teacher".
         network: its latency is measured if it is given.
         latencies: by runtime and batch size.
@@ -63,11 +63,11 @@ class Row:
             setattr(self, split, None)
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for the metadata of files: name, role, cost and accuracies."""
+        """Name, role, cost and accuracies as plain values, for the metadata of files."""
         return {"name": self.name, "role": self.role, **self.cost._asdict(), **self.accuracies()}
 
     def accuracies(self) -> dict[str, float | None]:
-        """ "val" and "test", top-1 in %, and "val_top5" and "test_top5" where there are more than ten classes."""
+        """ "val" and "test", top-1 in %, and "val_top5" and "test_top5" with more than ten classes."""
         values = {}
         for split, found in (("val", self.val), ("test", self.test)):
             values[split] = found.top1 if found else None
@@ -95,9 +95,9 @@ class Quantity:
 
     Attributes:
         key: its name in report.json.
-        value: of a row, None where it is unknown.
-        text: of a row where it is known.
-        words: for a cost that is smaller than, larger than and equal to the standard network's.
+        value: from a row, None if unknown.
+        text: from a row with a known value.
+        words: for a cost smaller than, larger than and equal to the standard network's.
     """
 
     key: str
@@ -107,12 +107,12 @@ class Quantity:
     words: tuple[str, str, str] = ("smaller", "larger", "as large")
 
     def ratio(self, standard: Row, row: Row) -> float | None:
-        """The standard network's cost divided by this one's: above 1 is better. None where one of them is unknown."""
+        """The standard network's cost divided by this one's: above 1 is better. None if one of them is unknown."""
         before, after = self.value(standard), self.value(row)
         return None if before is None or after is None else before / after
 
     def change(self, standard: Row, row: Row) -> str:
-        """ "1.25x smaller" for a ratio of 1.25, "1.25x larger" for 0.8; "" where it is unknown or a network's own."""
+        """ "1.25x smaller" for a ratio of 1.25, "1.25x larger" for 0.8; "" if unknown or for the standard network."""
         ratio = None if row is standard else self.ratio(standard, row)
         if ratio is None:
             return ""
@@ -178,7 +178,7 @@ def measurements(rows: Sequence[Row]) -> Cells:
     known = [quantity for quantity in MEASURED if any(quantity.value(row) is not None for row in rows)]
     columns = [["measured", *(quantity.title for quantity in known)]]
     for row in rows:
-        if row.latencies:  # the other students cost what the best one costs
+        if row.latencies:  # the other students have the costs of the best one
             texts = ["-" if quantity.value(row) is None else quantity.text(row) for quantity in known]
             columns.append([row.name, *texts])
             if row is not rows[0]:
@@ -203,14 +203,14 @@ def markdown(cells: Cells) -> list[str]:
 
 
 def plain(cells: Cells) -> str:
-    """For the terminal."""
+    """The table as text for the terminal."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
 def verdict(rows: Sequence[Row], title: str) -> str:
-    """In one sentence what the exported network costs and achieves, compared with the standard one."""
+    """Summarize cost and accuracy of the exported network, compared with the standard one, in one sentence."""
     standard, (row,) = rows[0], [row for row in rows if row.exported]
     costs = [PARAMS.change(standard, row), f"{MACS.change(standard, row)} MACs"]
     for runtime, quantities in LATENCIES.items():
@@ -240,10 +240,10 @@ def _percent(accuracy: float | None) -> str:
 
 
 def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
-    """Draw metrics.jsonl: the terms of the loss, and validation accuracies; nothing if matplotlib cannot be imported.
+    """Draw the losses and validation accuracies of metrics.jsonl, if matplotlib can be imported.
 
     Args:
-        best: the student that was chosen.
+        best: the chosen student.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
     try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
