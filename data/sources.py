@@ -151,7 +151,7 @@ class DataSet:
             counts = np.bincount(split.targets, minlength=len(self.classes))
             if missing := [self.classes[i] for i in np.flatnonzero(counts == 0)]:
                 listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-                notes.append(f"No {name} image is of these classes, about which its accuracies say nothing: {listed}.")
+                notes.append(f"No {name} image is of these classes, so there is no accuracy for them: {listed}.")
         return notes
 
     @property

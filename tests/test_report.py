@@ -122,7 +122,7 @@ def student(tree, job, *flags):
 def test_missing_classes_are_named_and_test_images_that_were_trained_on_counted(tree):
     notes = report_of(student(tree, "job", "--val_size", 2))["notes"]
     text = (tree / "job" / "report.md").read_text()
-    assert "No test image is of these classes, about which its accuracies say nothing: eel." in notes
+    assert "No test image is of these classes, so there is no accuracy for them: eel." in notes
     assert sum("No validation image is of these classes" in note for note in notes) == 1
     assert not any("No training image" in note for note in notes)
     assert all(f"- {note}" in text for note in notes)

@@ -69,8 +69,8 @@ def test_a_student_that_is_like_the_standard_network_is_said_to_be():
     [
         ((50.0, 51.2), "51.20 % of the test images right, 1.20 points more than the standard network"),
         ((None, 51.2), "51.20 % of the test images right"),
-        ((50.0, None), "no accuracy, for its logits are not finite"),
-        ((50.0, float("nan")), "no accuracy, for its logits are not finite"),
+        ((50.0, None), "no accuracy, because its logits are not finite"),
+        ((50.0, float("nan")), "no accuracy, because its logits are not finite"),
     ],
 )
 def test_the_sentence_compares_what_is_known(tests, end):

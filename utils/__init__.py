@@ -14,7 +14,7 @@ UPPER_FLOOR = (
     *("report", "tables", "export", "cost"),  # results
 )
 
-if sys.version_info < (3, 10):  # noqa: UP036, whoever has an older one is told so
+if sys.version_info < (3, 10):  # noqa: UP036, users of an older one get a message
     print(f"error: Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}", file=sys.stderr)
     sys.exit(2)
 

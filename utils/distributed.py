@@ -52,7 +52,7 @@ def start(device: torch.device) -> torch.device:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=this, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not meet: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the processes of this run do not reach each other: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -102,7 +102,7 @@ def parse(script: str, argv: Sequence[str] | None = None) -> Config:
 
 
 def _check(script: str, config: Config) -> None:
-    """Raise a UserError for flags that contradict each other, or the script, whatever the others are."""
+    """Raise a UserError for flags that contradict each other or the script in every configuration."""
     if script == "main":
         config.refuse(
             "refine", "pruned", message="{flag} belongs to finetune.py: main.py trains students from the start"
@@ -246,7 +246,7 @@ def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration, with the values that describe its version for flags that it did not have yet."""
+    """A recorded configuration in which flags that its version lacked have the value of what it did."""
     method = "scratch" if config.get("pretrain") else "od"
     if config.get("refine"):
         method = "kd" if config.get("miu") else "scratch"
@@ -263,7 +263,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The name of a flag that makes a run another one; None if there is none.
+    """Name of a flag whose change makes a run a different one; None if all agree.
 
     Args:
         was, now: recorded configurations: of the run, and of the flags with which it is to go on.

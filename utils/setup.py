@@ -47,7 +47,7 @@ FAILURES = {
         "another process of this run has died: its own message says why; continue with --resume"
     ),
     ("DataLoader worker (pid",): (
-        "a process that reads images died, perhaps for want of memory: try fewer --workers ({error})"
+        "a process that reads images died, perhaps because memory ran out: try fewer --workers ({error})"
     ),
 }
 

@@ -219,7 +219,7 @@ def verdict(rows: Sequence[Row], title: str) -> str:
             spread = max(network.latencies[runtime, batch].spread for network in (standard, row) for batch in BATCHES)
             speeds = " and ".join(f"{change} at batch {batch}" for change, batch in changes)
             costs.append(f"{speeds} ({runtime}{', unsteady' if spread > UNSTEADY else ''})")
-    achieved = ["no accuracy, for its logits are not finite"]
+    achieved = ["no accuracy, because its logits are not finite"]
     if row.test:
         others = [(standard, "the standard network")]
         others += [(before, "before it was refined") for before in rows if before.role == "before"]
