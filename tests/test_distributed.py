@@ -216,7 +216,20 @@ def metrics(job):
 @pytest.mark.slow
 def test_a_run_of_three_processes_is_that_of_one(tmp_path):
     """Batches of 37 images, and 200 validation images, which 3 does not divide."""
-    flags = ("--num_students", 2, "--num_epochs", 2, "--lr", 0.01, "--train_batch_size", 37, "--val_size", 200)
+    flags = (
+        "--num_students",
+        2,
+        "--train_size",
+        200,
+        "--num_epochs",
+        2,
+        "--lr",
+        0.01,
+        "--train_batch_size",
+        37,
+        "--val_size",
+        200,
+    )
     succeed("main.py", *FLAGS, *flags, "--job_dir", tmp_path / "one")
     run = torchrun(tmp_path / "three", *flags, "--sync_bn", processes=3)
     assert run.wait(200) == 0, (tmp_path / "three.log").read_text()
@@ -257,7 +270,7 @@ def test_a_process_whose_peer_died_says_so(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
 def test_a_process_that_dies_ends_the_run_or_has_it_started_again(tmp_path):
-    job, flags = tmp_path / "job", ("--num_students", 1, "--lambda", 0, "--num_epochs", 40)
+    job, flags = tmp_path / "job", ("--num_students", 1, "--lambda", 0, "--num_epochs", 40, "--train_size", 500)
     run = torchrun(job, *flags)
     kill_one(job, run)
     assert run.wait(60) != 0

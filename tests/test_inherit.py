@@ -125,8 +125,10 @@ def test_a_network_of_the_cheap_form_is_recovered(kind, pruned_num):
     assert not_inherited(student, teacher) == []
 
 
-@pytest.mark.parametrize("pruned_num", [None, 5, 0])
-@pytest.mark.parametrize(("name", "conv"), [("resnet_20", "depthwise"), ("resnet_20", "shift"), ("vgg_16_bn", "group")])
+@pytest.mark.parametrize(
+    ("name", "conv", "pruned_num"),
+    [*(("resnet_20", conv, pruned_num) for conv in KINDS for pruned_num in (None, 5, 0)), ("densenet_40", "shift", 7)],
+)
 def test_networks_of_this_project_inherit(name, conv, pruned_num):
     teacher, other = model.build(name).double(), model.build(f"{name}_sparse", conv=conv, pruned_num=pruned_num)
     student = model.build(f"{name}_sparse", conv=conv, pruned_num=pruned_num).double()
