@@ -216,20 +216,8 @@ def metrics(job):
 @pytest.mark.slow
 def test_a_run_of_three_processes_is_that_of_one(tmp_path):
     """Batches of 37 images, and 200 validation images, which 3 does not divide."""
-    flags = (
-        "--num_students",
-        2,
-        "--train_size",
-        200,
-        "--num_epochs",
-        2,
-        "--lr",
-        0.01,
-        "--train_batch_size",
-        37,
-        "--val_size",
-        200,
-    )
+    flags = ("--num_students", 2, "--num_epochs", 2, "--lr", 0.01, "--train_batch_size", 37)
+    flags += ("--train_size", 200, "--val_size", 200)
     succeed("main.py", *FLAGS, *flags, "--job_dir", tmp_path / "one")
     run = torchrun(tmp_path / "three", *flags, "--sync_bn", processes=3)
     assert run.wait(200) == 0, (tmp_path / "three.log").read_text()
