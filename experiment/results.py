@@ -157,7 +157,7 @@ def _mean(value: Callable[[Record], float], records: list[Record]) -> str:
 
 
 def _comparisons(table: Table, groups: Groups) -> list[str]:
-    """What a variant gains over another, where both have been trained: exported students, and means of students."""
+    """Differences between variants that have both been trained: of exported students, and of means of students."""
     titles = {row.variant: row.title for row in table.rows}
     lines = []
     for ours, theirs in table.compared:

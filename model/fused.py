@@ -55,7 +55,7 @@ def conv_norm_relu_and_input(
 
 
 class FusedSequential(nn.Sequential):
-    """An nn.Sequential that runs whatever stands before a BatchNorm and a ReLU through `conv_norm_relu` with them."""
+    """An nn.Sequential that computes a layer and the BatchNorm and ReLU after it by `conv_norm_relu`."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers = list(self)

@@ -41,12 +41,12 @@ class _File:
 
 @dataclass(frozen=True)
 class Project:
-    """What is known about the checkpoints of one project.
+    """Layout and normalization of the checkpoints of one project.
 
     Attributes:
         recognizes: whether a file is one of the project's.
-        names: renaming of keys for each architecture, applied in order; the keys of a file may be needed to know it.
-        normalization: mean and std of training, maybe by the network's name; None if the project does not state them.
+        names: renaming of keys for each architecture, in order, or a function of the file's keys that returns it.
+        normalization: mean and std of training, perhaps a function of the network's name; None if not stated.
     """
 
     name: str

@@ -128,10 +128,10 @@ def _is_whole(library: Path) -> bool:
 
 
 def _run_compiler(command: list[str], *arguments: str | Path) -> bytes:
-    """What the compiler prints.
+    """Run the compiler. Returns its standard output.
 
     Raises:
-        KernelsUnavailable: it fails, with its first line that says error.
+        KernelsUnavailable: it fails; the message has the first line of its output that says "error".
     """
     english = os.environ | {"LC_ALL": "C"}
     try:
