@@ -32,7 +32,8 @@ class CheapConv2d(nn.Module):
 
     The stride and the bias, if there is to be one, sit on the pointwise stage; nothing stands between the two.
     (B, in, H, W) -> (B, out, H', W'), where H' and W' are those of nn.Conv2d with the same arguments: by default
-    ceil(H / stride) and ceil(W / stride).
+    ceil(H / stride) and ceil(W / stride). It has nn.Conv2d's attributes in_channels, out_channels, kernel_size, stride,
+    padding and dilation.
 
     Args:
         kind: "depthwise" (one k x k filter a channel), "group" (`groups` groups) or "shift" (no weights).
@@ -75,7 +76,10 @@ class CheapConv2d(nn.Module):
             groups = groups if kind == "group" else in_channels
             self.spatial = nn.Conv2d(in_channels, in_channels, kernel_size, groups=groups, bias=False, **window)
         self.pointwise = subsample_first(nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias))
-        self.stride = stride[0]
+        # As nn.Conv2d has them, for code that reads them of the convolution that this one replaces.
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.dilation = stride, dilation
+        self.padding = padding if isinstance(padding, str) else pair(padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.spatial(x))

@@ -267,3 +267,18 @@ def test_a_subsampled_convolution_is_copied_saved_and_exported_as_any_other():
         op="call_function", target=torch.ops.aten.conv2d.default
     )
     assert [node.args[3] for node in exported] == [[2, 2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": (3, 5), "stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+        {"kernel_size": 5, "padding": "same"},
+    ],
+)
+def test_attributes_are_those_of_the_convolution_that_it_replaces(kind, window):
+    ours, theirs = CheapConv2d(8, 16, kind=kind, **window), nn.Conv2d(8, 16, **window)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"):
+        assert getattr(ours, name) == getattr(theirs, name), name
