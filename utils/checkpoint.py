@@ -58,7 +58,11 @@ class Inputs:
         for name, title in titles.items():
             was, given = getattr(self, name), getattr(now, name)
             if was and given and was != given:
-                counts = f" ({was.count:,}, now {given.count:,})" if isinstance(was, Fingerprint) else ""
+                counts = (
+                    f" ({was.count:,}, now {given.count:,})"
+                    if isinstance(was, Fingerprint) and was.count != given.count
+                    else ""
+                )
                 message = f"{source} was trained with other {title}{counts}"
                 raise UserError(f"{message}: give the same, or go on with --force")
 
