@@ -30,20 +30,15 @@ class Batches:
     ):
         self.images = torch.from_numpy(split.images).to(device)
         self.targets = torch.from_numpy(split.targets).to(device)
-        self.batch_size = batch_size
+        self.batch_size, self.num_images = batch_size, len(self.targets)
         self.normalize = Normalization(mean, std, device)
-
-    @property
-    def num_images(self) -> int:
-        return len(self.targets)
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets in zip(
-            self.images.split(self.batch_size), self.targets.split(self.batch_size), strict=True
-        ):
+        parts = (values.split(self.batch_size) for values in (self.images, self.targets))
+        for images, targets in zip(*parts, strict=True):
             yield self.normalize(images.permute(0, 3, 1, 2)), targets
 
 
@@ -63,6 +58,7 @@ class AugmentedBatches(Batches):
 
     def __init__(self, *args, padding: int, flip: bool, seed: int):
         super().__init__(*args)
+        self.num_images = without_a_small_last(self.num_images, self.batch_size)
         self.height, self.width = self.images.shape[1:3]
         self.images = F.pad(self.images, (0, 0, padding, padding, padding, padding))
         self.padding, self.flip, self.seed = padding, flip, seed
@@ -72,10 +68,6 @@ class AugmentedBatches(Batches):
         """Set the epoch of the next iteration, which seeds its random numbers, and the batch (from 0) to start with."""
         self.epoch, self.start = epoch, start
         self.position = start
-
-    @property
-    def num_images(self) -> int:
-        return without_a_small_last(len(self.targets), self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))

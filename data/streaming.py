@@ -8,7 +8,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,41 +68,30 @@ class Shuffled(InOrder):
             yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))[share(len(indices))]
 
 
-class Sample(NamedTuple):
-    """An image of a split, (3, S, S) uint8; None if it cannot be read, with the reason."""
-
-    index: int
-    image: Tensor | None
-    target: int
-    reason: str = ""
-
-
 class ImageFiles(Dataset):
-    """Reads and crops the images of a split, with random numbers from the seed that comes with each index."""
+    """Reads and crops batches of a split, with random numbers from the seed that comes with each index.
+
+    A batch: (B, 3, S, S) uint8 images and (B,) targets, or two empty lists if no image can be read; and the reasons why
+    images cannot be read, by path.
+    """
 
     def __init__(self, split: Split, transform: v2.Transform):
         self.split, self.transform = split, transform
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, request: tuple[int, int]) -> Sample:
-        index, seed = request
-        target = int(self.split.targets[index])
-        try:
-            image = read(self.split.images[index])
-        except DamagedImage as error:
-            return Sample(index, None, target, str(error))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return Sample(index, self.transform(image), target)
-
-
-def collate(samples: list[Sample]) -> tuple[Any, Any, list[Sample]]:
-    """(B, 3, S, S) uint8 images and (B,) targets, or two empty lists if no image could be read; damaged samples."""
-    good = [(sample.image, sample.target) for sample in samples if sample.image is not None]
-    images, targets = default_collate(good) if good else ([], [])
-    return images, targets, [sample for sample in samples if sample.image is None]
+    def __getitem__(self, requests: list[tuple[int, int]]) -> tuple[Any, Any, dict[bytes, str]]:
+        good, damaged = [], {}
+        for index, seed in requests:
+            path = self.split.images[index]
+            try:
+                image = read(path)
+            except DamagedImage as error:
+                damaged[path] = str(error)
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                good.append((self.transform(image), int(self.split.targets[index])))
+        images, targets = default_collate(good) if good else ([], [])
+        return images, targets, damaged
 
 
 class StreamedBatches:
@@ -132,26 +121,17 @@ class StreamedBatches:
         skipped: SkippedImages,
         training: bool = False,
     ):
-        self.split, self.order, self.normalize = split, order, normalize
-        self.skipped, self.training = skipped, training
+        self.order, self.normalize, self.skipped, self.training = order, normalize, skipped, training
+        self.batch_size, self.num_images = order.batch_size, order.num_images  # including damaged ones
         self.loader = DataLoader(
             ImageFiles(split, transform),
-            batch_sampler=order,
+            sampler=order,
+            batch_size=None,  # ImageFiles makes the batches
             num_workers=workers,
-            collate_fn=collate,
             pin_memory=normalize.device.type == "cuda",
             persistent_workers=training and workers > 0,
             generator=torch.Generator(),  # for the seeds of workers; the global one belongs to the networks
         )
-
-    @property
-    def batch_size(self) -> int:
-        return self.order.batch_size
-
-    @property
-    def num_images(self) -> int:
-        """Images of an epoch, including damaged ones."""
-        return self.order.num_images
 
     def __len__(self) -> int:
         return len(self.order)
@@ -166,9 +146,8 @@ class StreamedBatches:
         none_yet = start == 0
         if self.training:
             self.skipped.share()
-        for position, (images, targets, damaged) in enumerate(self._loaded(), start=start + 1):
+        for position, (images, targets, found) in enumerate(self._loaded(), start=start + 1):
             self.position = position
-            found = {self.split.images[sample.index]: sample.reason for sample in damaged}
             large_enough = len(targets) >= 1 + self.training
             if self.training:
                 parts, sufficient = zip(*distributed.gathered((found, large_enough)), strict=True)
@@ -181,8 +160,8 @@ class StreamedBatches:
             needed = 2 * distributed.world_size()
             raise UserError(f"there is no batch of {needed} images that can be read: repair them")
 
-    def _loaded(self) -> Iterator[tuple[Any, Any, list[Sample]]]:
-        """Batches as `collate` returns them."""
+    def _loaded(self) -> Iterator[tuple[Any, Any, dict[bytes, str]]]:
+        """Batches of `ImageFiles`."""
         iterator = None
         try:
             with _signals_blocked():

@@ -24,7 +24,6 @@ class TorchvisionSet(NamedTuple):
         path: file or folder of a split, below data_dir.
         flip, border: as in DataSet; with the border, images are 32 x 32.
         statistics: mean and std; None: those of the training images.
-        matlab: its files are read with scipy.
     """
 
     class_name: str
@@ -32,7 +31,6 @@ class TorchvisionSet(NamedTuple):
     flip: bool
     border: int = 0
     statistics: MeanStd | None = None
-    matlab: bool = False
 
     def load(self, name: str, data_dir: Path) -> DataSet:
         """Read the data set from data_dir, or download it there.
@@ -47,12 +45,12 @@ class TorchvisionSet(NamedTuple):
 
     def _read(self, name: str, data_dir: Path, split: str) -> tuple[Split, list[str]]:
         """A split and the names of its classes."""
-        if self.matlab:
-            _require_scipy(name)
         path = data_dir / self.path.format(split=split)
         was_there = path.exists()
         try:
             return self._arrays(data_dir, split)
+        except ImportError as error:
+            raise _scipy_missing(name) from error
         except Exception as error:  # a damaged file can raise anything
             reason = " ".join(str(error).split())
             if was_there:
@@ -86,12 +84,7 @@ TORCHVISION_SETS = {
     "cifar10": TorchvisionSet("CIFAR10", "cifar-10-batches-py", flip=True, statistics=NORMALIZATIONS["cifar"]),
     "cifar100": TorchvisionSet("CIFAR100", "cifar-100-python", flip=True, statistics=NORMALIZATIONS["cifar100"]),
     "fashion_mnist": TorchvisionSet("FashionMNIST", "FashionMNIST", flip=True, border=2),
-    "svhn": TorchvisionSet("SVHN", "{split}_32x32.mat", flip=False, matlab=True),
-}
-
-IMAGENET_ARCHIVES = {  # by split
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
+    "svhn": TorchvisionSet("SVHN", "{split}_32x32.mat", flip=False),
 }
 
 
@@ -106,21 +99,22 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
     """
     root = data_dir.resolve()
     with first_on_each_machine():
-        for split, archive in IMAGENET_ARCHIVES.items():
-            _unpack(root, split, archive)
+        for split in ("train", "val"):
+            _unpack(root, split)
     return streamed("imagenet", *image_tree(root, ("train", "val")), image_size)
 
 
-def _unpack(root: Path, split: str, archive: str) -> None:
+def _unpack(root: Path, split: str) -> None:
     """Let torchvision unpack a split of ImageNet, unless its folder is there."""
-    folder = root / split
-    if not folder.exists() and (root / archive).exists():
+    folder, archive = root / split, root / f"ILSVRC2012_img_{split}.tar"
+    if not folder.exists() and archive.exists():
         from torchvision.datasets import ImageNet
 
-        _require_scipy("imagenet's devkit")
-        print(f"unpacking {root / archive}, once", flush=True)
+        print(f"unpacking {archive}, once", flush=True)
         try:
             ImageNet(root, split)
+        except ImportError as error:
+            raise _scipy_missing("imagenet's devkit") from error
         except (RuntimeError, EOFError) as error:
             raise UserError(f"{root} cannot be unpacked: {error}") from error
     # torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one.
@@ -128,9 +122,5 @@ def _unpack(root: Path, split: str, archive: str) -> None:
         raise UserError(f"{folder} was not unpacked completely: delete it, and run again to unpack it again")
 
 
-def _require_scipy(what: str) -> None:
-    """Raise a UserError if scipy is not installed, which torchvision needs to read `what`."""
-    try:
-        import scipy.io  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{what} comes in MATLAB files, which scipy reads: pip install scipy") from error
+def _scipy_missing(what: str) -> UserError:
+    return UserError(f"{what} comes in MATLAB files, which scipy reads: pip install scipy")

@@ -20,8 +20,8 @@ of the measured time:
 """
 
 import argparse
-import copy
 import ctypes
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -80,7 +80,7 @@ class Baseline:
         self.learner = setting.learner().to(device)
         for module in list(self.learner.modules()):
             if isinstance(getattr(module, "spatial", None), Shift2d):
-                module.spatial = one_hot_shift(module.spatial).to(device)
+                module.spatial = module.spatial.as_conv().to(device)
         weights = [p for p in self.learner.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(weights, RATE, 0.9, weight_decay=2e-4)
 
@@ -118,8 +118,8 @@ class Ours:
     def data_rates(self, batch_size: int, num_batches: int = 6) -> tuple[float, float]:
         """Images/s of training steps and of an evaluation, data and augmentation included."""
         count = batch_size * num_batches
-        generator = np.random.default_rng(0)
-        split = Split(generator.integers(0, 256, (count, 32, 32, 3), np.uint8), np.arange(count) % CLASSES)
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+        split = Split(pixels, np.arange(count) % CLASSES)
         mean, std = (0.5,) * 3, (0.25,) * 3
         train = AugmentedBatches(split, batch_size, mean, std, self.device, padding=4, flip=True, seed=0)
         test = Batches(split, 100, mean, std, self.device)
@@ -132,17 +132,6 @@ class Ours:
         rates = [count / statistics.median(times) for times in time_in_turn(calls, self.device, rounds=3, warm_up=0)]
         self.learner.train()
         return tuple(rates)
-
-
-def one_hot_shift(shift: Shift2d) -> nn.Conv2d:
-    channels, size = shift.channels, shift.kernel_size[0]
-    conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
-    nn.init.zeros_(conv.weight)
-    for c in range(channels):
-        moved = c < channels - channels % size**2
-        conv.weight.data[c, 0, c // size % size if moved else size // 2, c % size if moved else size // 2] = 1
-    conv.weight.requires_grad_(False)
-    return conv
 
 
 def main() -> None:
@@ -222,15 +211,12 @@ def noise(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def work(setting: Setting) -> tuple[float, float]:
     """Floating-point operations of a step, and elements of the maps before all BatchNorms."""
-    learner = setting.learner()
-    operations = 3 * 2 * count(learner, (3, 32, 32)).macs * setting.batch_size
-    elements = []
+    learner, elements = setting.learner(), []
     for module in learner.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda _, inputs, __: elements.append(inputs[0].numel()))
-    with torch.no_grad():
-        copy.deepcopy(learner).to("meta")(torch.empty(1, 3, 32, 32, device="meta"))
-    return operations, sum(elements) * setting.batch_size
+    macs = count(learner, (3, 32, 32)).macs  # with a forward pass, which the hooks see
+    return 3 * 2 * macs * setting.batch_size, sum(elements) * setting.batch_size
 
 
 def measure_machine(device: torch.device, precisions: list[str]) -> Machine:
@@ -252,26 +238,23 @@ def best_of(call: Callable[[], object], device: torch.device) -> float:
 
 def peak_memory(call: Callable[[], None], device: torch.device) -> int | None:
     """Peak memory of a call in bytes, on top of what is allocated before; None where it cannot be measured."""
+
+    def resident(name: str) -> int:
+        return 1024 * int(re.search(rf"^{name}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the recorded peak
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         call()
-        return _resident("VmHWM") - before
+        return resident("VmHWM") - before
     except (OSError, AttributeError):
         return None
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 if __name__ == "__main__":

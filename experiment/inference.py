@@ -49,12 +49,13 @@ def main() -> None:
     print(f"{describe(CPU)}; torch {torch.__version__}; ONNX Runtime {export.runtime_version()}\n")
     print("| images | network | by | batch 1, ms | ratio | batch 256, ms | ratio |\n|--:|---|---|--:|--:|--:|--:|")
     for size in args.sizes:
-        results = []
-        for batch_size, rounds in zip((1, 256), args.rounds, strict=True):
-            images = torch.randn(batch_size, 3, size, size)
+        results = [{}, {}]  # ms by network and runtime, for each batch size
+        for times, batch_size, rounds in zip(results, (1, 256), args.rounds, strict=True):
+            images = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
             # One runtime after the other: their threads would compete for the cores.
-            calls = (in_pytorch(networks, images), in_onnx(networks, images))
-            results.append({key: time for group in calls for key, time in milliseconds(group, rounds).items()})
+            for calls in (in_pytorch(networks, images), in_onnx(networks, images)):
+                taken = time_in_turn(list(calls.values()), CPU, rounds)
+                times |= zip(calls, (1e3 * statistics.median(seconds) for seconds in taken), strict=True)
         for name, by in results[0]:
             base = "standard", ONNX if by == ONNX else PYTORCH
             cells = [f"{times[name, by]:.2f} | {times[base] / times[name, by]:.2f}x" for times in results]
@@ -62,8 +63,6 @@ def main() -> None:
 
 
 def in_pytorch(networks: dict[str, nn.Module], images: Tensor) -> Calls:
-    images = images.contiguous(memory_format=torch.channels_last)
-
     def compute(network: nn.Module, switch: Callable[[], None]) -> None:
         switch()
         with torch.inference_mode():
@@ -77,13 +76,8 @@ def in_onnx(networks: dict[str, nn.Module], images: Tensor) -> Calls:
     meta = {"input_size": images.shape[1:], "mean": [0.5] * 3, "std": [0.25] * 3}
     graphs = {name: export.fold(network, meta) for name, network in networks.items()}
     sessions = {name: export.session(export.to_onnx(graph, meta)) for name, graph in graphs.items()}
-    return {(name, ONNX): partial(session, images.numpy()) for name, session in sessions.items()}
-
-
-def milliseconds(calls: Calls, rounds: int) -> dict[tuple[str, str], float]:
-    """Median time of each call."""
-    times = time_in_turn(list(calls.values()), CPU, rounds)
-    return {key: 1e3 * statistics.median(taken) for key, taken in zip(calls, times, strict=True)}
+    pixels = images.contiguous().numpy()
+    return {(name, ONNX): partial(session, pixels) for name, session in sessions.items()}
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
 
     whole = [path for path in paths if path.stat().st_size]
     damaged, readable = streamed(paths, training=False), streamed(whole, training=False)
-    readable.split.targets[:] = [i for i, path in enumerate(paths) if path.stat().st_size]
+    readable.loader.dataset.split.targets[:] = [i for i, path in enumerate(paths) if path.stat().st_size]
     expected = evaluate(trainer.learner, readable)
     assert evaluate(trainer.learner, damaged).loss.students == pytest.approx(expected.loss.students)
 
