@@ -38,12 +38,11 @@ def load(
 
     Args:
         name: one of NAMES.
-        data_dir: folder of the data. Default: data/downloads; imagenet and folder have no default, digits need none.
+        data_dir: folder of the data. Default: data/downloads; imagenet and folder have no default.
         val_size: fraction (below 1) or number of training images to split off. 0 validates on the test set. A val/
             beside train/ and test/ is used as it is.
         workers: threads that decode images to memory.
-        image_size: height and width of streamed images. With it, the small images of a folder stream, too. Default:
-            224 for images that stream.
+        image_size: height and width of streamed images, by default 224. With it, small images stream, too.
         train_size: fraction (below 1) or number of the remaining training images to keep, stratified. Default: all.
 
     Raises:
@@ -61,29 +60,22 @@ def load(
     else:
         dataset = digits() if name == "digits" else TORCHVISION_SETS[name].load(name, data_dir or DOWNLOADS)
 
-    if len(dataset.train) < 2:
-        raise UserError(f"{name} has {len(dataset.train)} training image: at least 2 are needed")
-    dataset = _with_validation(dataset, val_size)
-    if train_size is None:
-        return dataset
-    count = len(dataset.train)
-    size = _number_of(train_size, count)
-    if not 2 <= size <= count:
-        raise UserError(f"--train_size {train_size:g} is not between 2 and the {count} training images that there are")
-    return replace(dataset, train=dataset.train[stratified_split(dataset.train.targets, size)[0]])
-
-
-def _with_validation(dataset: DataSet, val_size: float) -> DataSet:
+    train, val = dataset.train, dataset.val
+    if len(train) < 2:
+        raise UserError(f"{name} has {len(train)} training image: at least 2 are needed")
     if val_size == 0:
-        return replace(dataset, val=dataset.test)
-    if dataset.val is not None:
-        return dataset
-    count = len(dataset.train)
-    size = max(1, _number_of(val_size, count))
-    if size >= count - 1:
-        raise UserError(f"--val_size {val_size:g} leaves nothing to train on: there are {count} training images")
-    val, train = stratified_split(dataset.train.targets, size)
-    return replace(dataset, train=dataset.train[train], val=dataset.train[val])
+        val = dataset.test
+    elif val is None:
+        size, count = max(1, _number_of(val_size, len(train))), len(train)
+        if size >= count - 1:
+            raise UserError(f"--val_size {val_size:g} leaves nothing to train on: there are {count} training images")
+        val, train = (train[indices] for indices in stratified_split(train.targets, size))
+    if train_size is not None:
+        size, count = _number_of(train_size, len(train)), len(train)
+        if not 2 <= size <= count:
+            raise UserError(f"--train_size {train_size:g} is not between 2 and the {count} training images that remain")
+        train = train[stratified_split(train.targets, size)[0]]
+    return replace(dataset, train=train, val=val)
 
 
 def _number_of(size: float, count: int) -> int:
@@ -99,11 +91,7 @@ class Loaders(NamedTuple):
 def make_loaders(
     dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
 ) -> Loaders:
-    """Batches of the three splits, or this process's share of them.
-
-    Args:
-        train_batch_size: images in a batch, over all processes.
-        workers: processes that read streamed images.
+    """Batches of the three splits, or this process's share of them; `train_batch_size` counts those of all processes.
 
     Raises:
         UserError: there are too few images for so many processes.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from data.images import SkippedImages, read_small
 from data.sources import DataSet, Split, channel_statistics
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS
+from utils.normalization import NORMALIZATIONS, MeanStd
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
@@ -23,8 +24,7 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
     Images of a single size of at most LARGEST x LARGEST are kept in memory unless image_size is given.
 
     Raises:
-        UserError: the tree is missing, a split has no images, there are fewer than two classes, test has a class that
-            train lacks, or too many images cannot be read.
+        UserError: as `image_tree`, or too many images cannot be read.
     """
     root = data_dir.resolve()
     classes, splits = image_tree(root, ("train", "test", "val"))
@@ -43,38 +43,29 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataS
             raise UserError(f"none of the images in {root / name} can be read: repair them")
         splits[name] = Split(images[kept], split.targets[kept - start])
         start += len(split)
-    mean, std = channel_statistics(splits["train"].images)
-    return DataSet(
-        name="folder",
-        classes=classes,
-        **_roles(splits),
-        mean=mean,
-        std=std,
-        padding=images.shape[1] // 8,  # 4 pixels of 32, as in CIFAR's recipe
-        flip=True,
-        skipped=skipped,
-    )
+    padding = images.shape[1] // 8  # 4 pixels of 32, as in CIFAR's recipe
+    return _data_set("folder", classes, splits, channel_statistics(splits["train"].images), padding, skipped)
 
 
 def streamed(name: str, classes: list[str], splits: dict[str, Split], image_size: int | None) -> DataSet:
     """A data set whose images are read from their files in every epoch."""
-    mean, std = NORMALIZATIONS["imagenet"]
-    return DataSet(
-        name=name,
-        classes=classes,
-        **_roles(splits),
-        mean=mean,
-        std=std,
-        padding=0,
-        flip=True,
-        image_size=image_size or IMAGE_SIZE,
-        skipped=SkippedImages(sum(map(len, splits.values()))),
-    )
+    skipped = SkippedImages(sum(map(len, splits.values())))
+    dataset = _data_set(name, classes, splits, NORMALIZATIONS["imagenet"], padding=0, skipped=skipped)
+    return replace(dataset, image_size=image_size or IMAGE_SIZE)
 
 
-def _roles(splits: dict[str, Split]) -> dict[str, Split]:
-    """The splits, with val/ as the test set if there is no test/."""
-    return splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
+def _data_set(
+    name: str,
+    classes: list[str],
+    splits: dict[str, Split],
+    statistics: MeanStd,
+    padding: int,
+    skipped: SkippedImages,
+) -> DataSet:
+    """The splits in their roles: val/ is the test set if there is no test/."""
+    roles = splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
+    mean, std = statistics
+    return DataSet(name, classes, **roles, mean=mean, std=std, padding=padding, flip=True, skipped=skipped)
 
 
 def image_tree(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, Split]]:
@@ -112,8 +103,9 @@ def _class_names(split: Path) -> list[str]:
 
 def _image_files(top: Path) -> list[str]:
     def stop(error: OSError) -> None:
-        if top.exists():  # a class may be missing from the test set
-            raise error
+        raise error
 
+    if not top.exists():  # a class may be missing from the test set
+        return []
     paths = [os.path.join(parent, name) for parent, _, names in os.walk(top, onerror=stop) for name in names]
     return sorted(path for path in paths if path.lower().endswith(EXTENSIONS))

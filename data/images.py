@@ -49,10 +49,6 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
     A thread holds the GIL for half of the 90 us that a CIFAR image takes, so a third thread gains nothing; processes
     would have to start, and to send the pixels.
 
-    Args:
-        paths: (n,) bytes.
-        workers: number of threads.
-
     Returns:
         (n, H, W, 3) uint8, and {index: reason} of the files that cannot be read.
     """
@@ -75,7 +71,7 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
             images[index] = image
         return True
 
-    chunks = [range(len(paths))[start : start + 256] for start in range(0, len(paths), 256)]
+    chunks = [range(start, min(start + 256, len(paths))) for start in range(0, len(paths), 256)]
     with (
         tqdm(desc="decoding", total=len(paths), unit=" images", leave=False, disable=None) as bar,
         warnings.catch_warnings(),
@@ -125,21 +121,19 @@ class SkippedImages:
         self.total = total
         self.reasons: dict[str, str] = {}
 
+    def share(self) -> None:
+        """Add the images that other processes skipped; all of them must call this. Raises as `add` does."""
+        for reasons in distributed.gathered(self.reasons):
+            self.add({path.encode(): reason for path, reason in reasons.items()})
+
     def add(self, found: Mapping[bytes, str]) -> None:
         """Skip images, by path with the reason, and log each new one.
 
         Raises:
             UserError: more than TOLERATED of the data set is skipped.
         """
-        self._add({path.decode(errors="backslashreplace"): reason for path, reason in found.items()})
-
-    def share(self) -> None:
-        """Add the images that other processes skipped; all of them must call this. Raises as `add` does."""
-        for reasons in distributed.gathered(self.reasons):
-            self._add(reasons)
-
-    def _add(self, found: Mapping[str, str]) -> None:
-        new = {path: reason for path, reason in found.items() if path not in self.reasons}
+        texts = {path.decode(errors="backslashreplace"): reason for path, reason in found.items()}
+        new = {path: reason for path, reason in texts.items() if path not in self.reasons}
         self.reasons |= new
         if len(self.reasons) > self.TOLERATED * self.total:
             path, reason = next(iter(self.reasons.items()))

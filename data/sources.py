@@ -43,14 +43,13 @@ class Split:
 
     def fingerprint(self, data_dir: Path | None) -> Fingerprint:
         """Hash the targets and pixels or, for images that stream, the targets and the paths below `data_dir`."""
-        images = np.ascontiguousarray(self.images)
         digest = hashlib.sha256(np.ascontiguousarray(self.targets))
-        if images.ndim == 1:
+        if self.images.ndim == 1:
             root = os.fsencode(data_dir.resolve()) + b"/"
-            digest.update(b"\0".join(path.removeprefix(root) for path in images.tolist()))
+            digest.update(b"\0".join(path.removeprefix(root) for path in self.images.tolist()))
         else:
-            digest.update(str(images.shape).encode())
-            digest.update(images)
+            digest.update(str(self.images.shape).encode())
+            digest.update(np.ascontiguousarray(self.images))
         return Fingerprint(len(self), digest.hexdigest())
 
 
@@ -116,8 +115,8 @@ class DataSet:
     @property
     def splits(self) -> dict[str, Split]:
         """The splits by name, without the validation set if it is the test set."""
-        splits = {"training": self.train, "validation": self.val, "test": self.test}
-        return {name: split for name, split in splits.items() if name == "test" or split is not self.test}
+        val = {} if self.val is self.test else {"validation": self.val}
+        return {"training": self.train, **val, "test": self.test}
 
     @cached_property
     def repeated(self) -> dict[str, int]:
@@ -157,23 +156,14 @@ class DataSet:
     @property
     def preprocessing(self) -> Preprocessing:
         """Streamed images are cropped to their center, 224 of 256 pixels, as in ImageNet's usual recipe."""
-        _, height, width = self.input_size
-        if self.image_size:
-            return Preprocessing(resize=(round(height * 256 / 224), round(width * 256 / 224)), crop=(height, width))
-        return Preprocessing(resize=(height - 2 * self.border, width - 2 * self.border), crop=(height, width))
+        _, *crop = self.input_size
+        resize = (round(side * 256 / 224) if self.image_size else side - 2 * self.border for side in crop)
+        return Preprocessing(resize=tuple(resize), crop=tuple(crop))
 
     def normalized_as(
         self, mean: Sequence[float], std: Sequence[float], classes: Sequence[str], source: Path
     ) -> "DataSet":
-        """The data set with the normalization of a network.
-
-        Args:
-            classes: names of the network's classes.
-            source: its file, for the message.
-
-        Raises:
-            UserError: the data set has other classes.
-        """
+        """The data set with the normalization of the network in `source`; UserError if its classes are others."""
         if difference := first_difference(classes, self.classes):
             raise UserError(
                 f"{source} knows other classes than {self.name} has ({difference}): give the data it was trained on"
@@ -182,8 +172,7 @@ class DataSet:
 
     def fingerprints(self, data_dir: Path | None) -> dict[str, Fingerprint]:
         """The fingerprint of each split, by its name."""
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split.fingerprint(data_dir) for name, split in splits.items()}
+        return {name: getattr(self, name).fingerprint(data_dir) for name in ("train", "val", "test")}
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -201,35 +190,30 @@ class DataSet:
 def digits() -> DataSet:
     """The 1,797 handwritten digits of data/DIGITS.md, 8 x 8; a fixed fifth of them is the test set."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
-        grey, targets = file["images"], file["targets"].astype(np.int64)
-    images = np.repeat(np.round(grey * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
-    test, train = stratified_split(targets, 360)
-    images = Split(images, targets)
-    mean, std = channel_statistics(images[train].images)
-    classes = [str(digit) for digit in range(10)]
-    return DataSet("digits", classes, images[train], images[test], mean, std, padding=1, flip=False)
+        gray, targets = file["images"], file["targets"].astype(np.int64)
+    images = Split(np.repeat(np.round(gray * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1), targets)
+    test, train = (images[chosen] for chosen in stratified_split(targets, 360))
+    mean, std = channel_statistics(train.images)
+    return DataSet("digits", list("0123456789"), train, test, mean, std, padding=1, flip=False)
 
 
 def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:
     """For messages: the first index at which the classes of a network and those of the data differ."""
-    for i, (a, b) in enumerate(zip_longest(known, given)):
-        if a != b:
-            names = ("none" if name is None else f"'{name}'" for name in (a, b))
-            return "class {} is {} there and {} in the data".format(i, *names)
+    for i, names in enumerate(zip_longest(known, given)):
+        if names[0] != names[1]:
+            there, here = ("none" if name is None else f"'{name}'" for name in names)
+            return f"class {i} is {there} there and {here} in the data"
     return None
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of each channel of (n, H, W, 3) uint8 images, in 0 .. 1. The std is at least 1/255."""
-    count, total, squares = images[..., 0].size, np.zeros(3), np.zeros(3)
-    for start in range(0, len(images), 1000):  # bounds the memory of the float copy
-        pixels = images[start : start + 1000] / np.float32(255)
-        # Over images first: numpy adds long rows of pixels much faster than rows of 3.
-        total += pixels.sum(0, dtype=np.float64).sum((0, 1))
-        squares += np.square(pixels).sum(0, dtype=np.float64).sum((0, 1))
+    # Over images first: numpy adds long rows of pixels much faster than rows of 3.
+    total, count = images.sum(0, dtype=np.int64).sum((0, 1)), images[..., 0].size
+    squares = np.einsum("nhwc,nhwc->hwc", images, images, dtype=np.int64).sum((0, 1))
     mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, (1 / 255) ** 2))
-    return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1))
+    return tuple((mean / 255).round(4).tolist()), tuple((std / 255).round(4).tolist())
 
 
 def stratified_split(targets: np.ndarray, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,10 @@ KNOWN = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE.onnx")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    args = parser.parse_args(arguments)
     try:
         session, classes, preprocessing = load(args.file)
     except ValueError as error:
@@ -38,28 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     code = 0
     for path in args.images:
-        problem = None
         try:
-            image = read(path)
+            image = prepare(read(path), preprocessing)
+            (logits,) = session.run(["logits"], {"images": image[None]})[0]
+            if not np.isfinite(logits).all():
+                raise ValueError("its logits are not finite")
         except Exception as error:  # a damaged image can raise anything
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        else:
-            (logits,) = session.run(["logits"], {"images": prepare(image, preprocessing)[None]})[0]
-            if not np.isfinite(logits).all():
-                problem = "its logits are not finite"
-        if problem:
             print(f"error: {path}: {problem}", file=sys.stderr)
             code = 2
         else:
             print(path, classes[logits.argmax()])
     return code
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE.onnx")
-    parser.add_argument("images", metavar="IMAGE", nargs="+")
-    return parser.parse_args(arguments)
 
 
 def load(file: str) -> tuple[onnxruntime.InferenceSession, list[str], dict[str, Any]]:
