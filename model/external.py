@@ -57,8 +57,8 @@ def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] |
         options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
         return _library(arch)[0](name, num_classes=num_classes, **options)
     function = _function(arch, name)
-    takes_classes = "num_classes" in inspect.signature(function).parameters
-    network = function(num_classes=num_classes) if takes_classes else function()
+    options = {"num_classes": num_classes} if "num_classes" in inspect.signature(function).parameters else {}
+    network = function(**options)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} of {arch} returned a {type(network).__name__}, not a torch.nn.Module")
     if input_size and not follows_protocol(network):

@@ -68,9 +68,7 @@ def read(content: Any, arch: str, name: str, source: str) -> tuple[dict[str, Ten
     wrapper = next((key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
     weights = content[wrapper] if wrapper else content
     if not is_state_dict(weights):
-        raise UserError(
-            f"{source} holds no state dict, neither bare nor under {', '.join(WRAPPERS[:-1])} and {WRAPPERS[-1]}"
-        )
+        raise UserError(f"{source} holds no state dict, neither bare nor under {', '.join(WRAPPERS)}")
     original = {_without_prefixes(key): value for key, value in weights.items()}
     weights = original
     for project in PROJECTS:
@@ -80,8 +78,7 @@ def read(content: Any, arch: str, name: str, source: str) -> tuple[dict[str, Ten
         weights = _fold_biases(weights)
     variant = _VARIANTS[arch](weights) if arch in _VARIANTS else {}
     file = _File(arch, wrapper, original, variant)
-    project = next((project for project in PROJECTS if project.recognizes(file)), None)
-    normalization = project.normalization if project else None
+    normalization = next((project.normalization for project in PROJECTS if project.recognizes(file)), None)
     return weights, variant, normalization(name) if callable(normalization) else normalization
 
 
@@ -113,12 +110,9 @@ def _timm_normalization(name: str) -> MeanStd | None:
 def _gal_vgg_names(weights: Mapping[str, Tensor]) -> Names:
     """GAL numbers convolutions and max pools, `features` here convolutions, BatchNorms, ReLUs and max pools."""
     indices = sorted({int(match[1]) for key in weights if (match := re.match(r"features\.conv(\d+)\.", key))})
-    names = {}
-    for before, index in enumerate(indices):  # `before` convolutions precede it, each with BatchNorm and ReLU
-        place = index + 2 * before
-        names[rf"^features\.conv{index}\."] = f"features.{place}."
-        names[rf"^features\.norm{index}\."] = f"features.{place + 1}."
-    return names
+    layers = [(index, index + 2 * before) for before, index in enumerate(indices)]  # `before` convolutions precede it
+    convs = {rf"^features\.conv{index}\.": f"features.{place}." for index, place in layers}
+    return convs | {rf"^features\.norm{index}\.": f"features.{place + 1}." for index, place in layers}
 
 
 # The first entry that recognizes a file gives its normalization.

@@ -160,7 +160,7 @@ def change(path, edit):
         (lambda c: c["meta"].update(model="resnet_21_sparse"), "does not say how to build"),
         (lambda c: c["meta"].pop("pruned_num"), r"meta\.pruned_num is missing or malformed"),
         (lambda c: c["meta"].pop("arch"), r"meta\.arch is missing or malformed"),
-        (lambda c: c.update(kind=[1]), "is not a network that"),
+        (lambda c: c.update(kind=[1]), "is no exported network of main"),
         (lambda c: c.update(state_dict={"fc.bias": 3}), "state_dict is missing or malformed"),
     ],
 )

@@ -58,13 +58,9 @@ class Inputs:
         for name, title in titles.items():
             was, given = getattr(self, name), getattr(now, name)
             if was and given and was != given:
-                counts = (
-                    f" ({was.count:,}, now {given.count:,})"
-                    if isinstance(was, Fingerprint) and was.count != given.count
-                    else ""
-                )
-                message = f"{source} was trained with other {title}{counts}"
-                raise UserError(f"{message}: give the same, or go on with --force")
+                if isinstance(was, Fingerprint) and was.count != given.count:
+                    title += f" ({was.count:,}, now {given.count:,})"
+                raise UserError(f"{source} was trained with other {title}: give the same, or go on with --force")
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,8 @@ class ExportedNetwork:
         return cls({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, meta)
 
     def fault(self) -> str | None:
-        students = {key.split(".")[2] for key in self.state_dict if key.startswith("learner.students.")}
-        if self.meta.ensemble and len(students) != self.meta.ensemble.num_students:
-            return "meta.ensemble"
-        return None
+        ensemble, students = self.meta.ensemble, _count_students(self.state_dict, "learner.students.")
+        return "meta.ensemble" if ensemble and students != ensemble.num_students else None
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class TrainingCheckpoint:
     kind: str = "training checkpoint"
 
     def fault(self) -> str | None:
-        students = len({key.split(".")[1] for key in self.model if key.startswith("students.")})
+        students = _count_students(self.model, "students.")
         for name in ("accuracy", "loss", "top5"):
             values = self.scores and getattr(self.scores, name)
             if values and len(values.students) != students:
@@ -192,6 +186,10 @@ class TrainingCheckpoint:
         """State dict of a student."""
         prefix = f"students.{index}."
         return {key.removeprefix(prefix): value for key, value in self.model.items() if key.startswith(prefix)}
+
+
+def _count_students(weights: dict[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in weights if key.startswith(prefix)})
 
 
 def save(path: Path, record: Any) -> None:
@@ -236,10 +234,9 @@ def exported_size(network: nn.Module, meta: Meta) -> int:
 
 
 def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Load an exported network, in eval mode on the CPU, and its metadata.
+    """Load an exported network, in eval mode on the CPU, and its `Meta` as a plain dictionary.
 
-    The metadata are those of `Meta` as a plain dictionary, without those that the file lacks. A file of
-    --export_teacher gives the online teacher as one network.
+    A file of --export_teacher gives the online teacher as one network.
 
     Args:
         arch: the Python file that defines the network, for one that needs such a file. The file that the metadata name
@@ -254,20 +251,12 @@ def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, 
 
 def load_network(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
     """As `load_student`, with typed metadata."""
-    content = load(path)
-    if isinstance(content, TrainingCheckpoint):
-        raise UserError(f"{path} is a training checkpoint, not an exported network: leave out --pruned")
-    if not isinstance(content, ExportedNetwork):
-        raise UserError(f"{path} is not a network that main.py or finetune.py exported")
+    content = _load(path, ExportedNetwork, "but a training checkpoint: leave out --pruned")
     return restore(path, content.state_dict, content.meta, arch)
 
 
 def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
-    """The student of a training checkpoint that is best on the validation set, as `load_network` returns it.
-
-    Raises:
-        UserError: the file is missing, damaged, or no training checkpoint of students.
-    """
+    """As `load_network`, the student of a training checkpoint that is best on the validation set."""
     content = load_checkpoint(path)
     if not content.scores:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
@@ -284,12 +273,16 @@ def all_students(path: Path, content: TrainingCheckpoint, arch: str | None = Non
 
 def load_checkpoint(path: Path) -> TrainingCheckpoint:
     """Load a training checkpoint; raises a UserError if the file is missing, damaged, or something else."""
+    return _load(path, TrainingCheckpoint, "but an exported network: finetune.py takes it with --pruned")
+
+
+def _load(path: Path, kind: type, if_other: str) -> Any:
+    """Load a file of one kind; `if_other` ends the message if it is of the other kind."""
     content = load(path)
-    if isinstance(content, ExportedNetwork):
-        raise UserError(f"{path} is an exported network, not a training checkpoint: finetune.py takes it with --pruned")
-    if not isinstance(content, TrainingCheckpoint):
-        raise UserError(f"{path} is not a training checkpoint of main.py or finetune.py")
-    return content
+    if isinstance(content, kind):
+        return content
+    is_other = isinstance(content, TrainingCheckpoint | ExportedNetwork)
+    raise UserError(f"{path} is no {kind.kind} {if_other if is_other else 'of main.py or finetune.py'}")
 
 
 def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:

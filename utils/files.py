@@ -205,19 +205,16 @@ class Lock:
 
     def _has_ended(self, owner: dict[str, Any], has_locks: bool) -> bool:
         """Whether an owner that does not lock the file is known to have ended."""
-        if owner["host"] == self._me["host"]:
-            return has_locks or not _is_alive(owner["pid"])
-        return "slurm_job_id" in owner and owner["slurm_job_id"] == self._me.get("slurm_job_id")
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        if owner["host"] != self._me["host"]:
+            return "slurm_job_id" in owner and owner["slurm_job_id"] == self._me.get("slurm_job_id")
+        if not has_locks:
+            try:
+                os.kill(owner["pid"], 0)
+            except PermissionError:
+                return False
+            except (ProcessLookupError, OverflowError):
+                return True
+        return has_locks
 
 
 def _name(owner: dict[str, Any] | None) -> str:
@@ -242,10 +239,10 @@ class Malformed(ValueError):
 
 def to_plain(record: Any) -> dict[str, Any]:
     """A dataclass as nested dictionaries, without optional fields that are None."""
-    values = {field.name: (field, getattr(record, field.name)) for field in fields(record)}
+    values = {field: getattr(record, field.name) for field in fields(record)}
     return {
-        name: to_plain(value) if is_dataclass(value) else value
-        for name, (field, value) in values.items()
+        field.name: to_plain(value) if is_dataclass(value) else value
+        for field, value in values.items()
         if value is not None or field.default is not None
     }
 

@@ -27,9 +27,8 @@ from utils.teacher import check_accuracy, pretrained_teacher, with_normalization
 
 # Refusals of the operating system: missing permission, no space left, an impossible name, too many open files.
 REFUSALS = {
-    getattr(errno, name)
-    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE")
-    if hasattr(errno, name)
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
 }
 OUT_OF_MEMORY = (
     "out of memory: lower --train_batch_size, --eval_batch_size, --num_students, --image_size or --workers, or take a "
@@ -59,7 +58,7 @@ class Run:
     Attributes:
         job: its folder; nothing is written there before `train`.
         resumed: the checkpoint to go on from.
-        teacher: the pretrained teacher, if there is one, and `remarks` on it for the log.
+        remarks: on the pretrained teacher, for the log.
     """
 
     config: Config
@@ -74,11 +73,7 @@ class Run:
     loaders: Loaders
 
     def learner(self, networks: Sequence[nn.Module]) -> Students:
-        """Make a learner of the networks, with an online teacher if the method has one.
-
-        Raises:
-            UserError: the networks do not take such images, or have another number of classes.
-        """
+        """The learner of these networks; raises a UserError if they do not fit the images or the classes."""
         num_classes = len(self.dataset.classes)
         check_fits(networks[0], self.config.trained_model, self.dataset.input_size, num_classes)
         return METHODS[self.config.method].learner(self.config, networks, num_classes)
@@ -90,27 +85,24 @@ class Run:
         """Train to the last epoch, and put the best one's weights back into the learner.
 
         Args:
-            meta: of the checkpoints.
+            meta, keep_initial: as in `Trainer.fit`.
             notes: for the log, on what is trained.
-            keep_initial: the students as they are before training may turn out the best.
 
         Raises:
             UserError: the checkpoint to resume does not fit, the pretrained teacher cannot teach, the job's folder
                 cannot be written, a loss is not finite.
         """
-        config, job, teacher = self.config, self.job, self.teacher
+        config, job, dataset, val = self.config, self.job, self.dataset, self.loaders.val
         if self.resumed:
             trainer.resume(self.resumed, meta, config.force)
-        val = self.loaders.val
-        found = check_accuracy(teacher, val, self.dataset.val.targets, config.force) if teacher else None
-        job.open(self.resumed, trainer.epoch, config.reset)
-        machine = f"{describe(self.device)}, {self.precision}, {self.execution}"
-        lines = [f"{self.dataset}; {machine}", *self.dataset.repetitions()]
+        lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.repetitions()]
         if config.resume:
             lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint yet: starting anew")
-        if teacher:
+        if self.teacher:
+            found = check_accuracy(self.teacher, val, dataset.val.targets, config.force)
             role = "" if config.miu else ", only to compare with"
             lines += [f"pretrained teacher: {found} on the validation set{role}", *self.remarks]
+        job.open(self.resumed, trainer.epoch, config.reset)
         for line in (*lines, *notes):
             job.logger.info(line)
         trainer.fit(self.loaders.train, val, job, meta, keep_initial)

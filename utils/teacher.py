@@ -23,6 +23,10 @@ from utils.errors import UserError
 from utils.metrics import Accuracy, accuracy
 from utils.normalization import MeanStd, parse
 
+PUBLIC = (
+    "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the validation "
+    "set among them: its accuracy there is no measure"
+)
 NOISE = 0.3  # of each kernel's standard deviation, in students that start from a teacher's weights
 
 
@@ -70,11 +74,7 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
     teacher, meta = load_teacher(file, name, num_classes, device, config.arch, variant, given, config.teacher_norm)
     check_fits(teacher, name, dataset.input_size, num_classes)
     if meta is None:
-        remark = (
-            "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the "
-            "validation set among them: its accuracy there is no measure"
-        )
-        return teacher, [] if dataset.val is dataset.test else [remark]
+        return teacher, [] if dataset.val is dataset.test else [PUBLIC]
     if not config.test_only:
         check_unseen(meta, dataset, config, file)
     difference = first_difference(meta.classes, dataset.classes)
@@ -138,20 +138,17 @@ def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet
 
 
 def start_from(teacher: nn.Module, students: Sequence[nn.Module]) -> str:
-    """Start the students from the teacher's weights (`model.convert.inherit`).
+    """Start the students from the teacher's weights (`model.convert.inherit`), and describe it for log and report.
 
     All but the first get noise, because equal students would learn nothing from one another.
-
-    Returns:
-        A sentence about it for the log and the report.
 
     Raises:
         UserError: the teacher is not the standard network of the students.
     """
-    kept = inherit(students[0], teacher)
-    for student in students[1:]:
-        inherit(student, teacher)
-        add_noise(student, NOISE)
+    for student in students:
+        kept = inherit(student, teacher)
+        if student is not students[0]:
+            add_noise(student, NOISE)
     text = f"from the weights of the pretrained teacher, with {kept:.1%} of the energy of the replaced convolutions"
     if len(students) > 1:
         text += f", all but the first with noise of {NOISE:g} standard deviations of each kernel"
