@@ -23,6 +23,15 @@ class Students(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.stack([student(x) for student in self.students]), None
 
+    def features_and_logits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Feature maps of each student, (B, C, H, W), computed once for a head and for the logits (N, B, K).
+
+        Students follow timm's protocol: `forward_features`, `forward_head`, `num_features`.
+        """
+        features = [student.forward_features(x) for student in self.students]
+        logits = [student.forward_head(f) for student, f in zip(self.students, features, strict=True)]
+        return features, torch.stack(logits)
+
 
 class Ensemble(nn.Module):
     """The online teacher of trained students as one network, to deploy: (B, 3, H, W) -> (B, K)."""
@@ -38,9 +47,8 @@ class Ensemble(nn.Module):
 class OnlineTeacher(Students):
     """N students whose concatenated feature maps make a stronger network, the online teacher, with its own classifier.
 
-    Head: concatenate (B, sum C, H, W) - BatchNorm - ReLU - global average pool - Linear. Students follow timm's
-    protocol (`forward_features`, `forward_head`, `num_features`) and give feature maps of one height and width.
-    Features are computed once, for the students' own logits and for the head; nothing is detached.
+    Head: concatenate (B, sum C, H, W) - BatchNorm - ReLU - global average pool - Linear. Nothing is detached. The
+    feature maps of all students have one height and width.
     """
 
     def __init__(self, students: Sequence[nn.Module], num_classes: int):
@@ -51,18 +59,16 @@ class OnlineTeacher(Students):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> (student_logits (N, B, K), teacher_logits (B, K))."""
-        features = [student.forward_features(x) for student in self.students]
-        student_logits = [student.forward_head(f) for student, f in zip(self.students, features, strict=True)]
+        features, student_logits = self.features_and_logits(x)
         fused = norm_relu(self.norm, torch.cat(features, dim=1))
-        return torch.stack(student_logits), self.fc(fused.mean((2, 3)))
+        return student_logits, self.fc(fused.mean((2, 3)))
 
 
 class GatedEnsemble(Students):
     """N students whose logits, weighted by a gate, make the teacher of ONE (arXiv 1806.04606, section 3.1).
 
     Gate: Linear - BatchNorm - ReLU - softmax over students, for each image. There it looks at the layers that branches
-    share; whole networks share none, so here it looks at their pooled features, concatenated. Students as for
-    OnlineTeacher.
+    share; whole networks share none, so here it looks at their pooled features, concatenated.
     """
 
     def __init__(self, students: Sequence[nn.Module]):
@@ -72,8 +78,7 @@ class GatedEnsemble(Students):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> (student_logits (N, B, K), teacher_logits (B, K))."""
-        features = [student.forward_features(x) for student in self.students]
-        logits = torch.stack([student.forward_head(f) for student, f in zip(self.students, features, strict=True)])
+        features, logits = self.features_and_logits(x)
         pooled = torch.cat([f.mean((2, 3)) for f in features], dim=1)
         gate = self.norm(self.fc(pooled)).relu().softmax(dim=1)
         return logits, torch.einsum("bn,nbk->bk", gate, logits)

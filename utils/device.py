@@ -46,27 +46,19 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     else:
-        native = False
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return "bf16" if native else "fp32"
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How to run the training step.
-
-    Attributes:
-        code: PLAIN, KERNELS, GRAPH or COMPILED.
-        remark: why faster code cannot be used.
-        tunes_cudnn: cuDNN times its algorithms, which pays since all batches have one shape.
-    """
+    """How to run the training step: PLAIN, KERNELS, GRAPH or COMPILED."""
 
     code: str = PLAIN
-    remark: str = ""
-    tunes_cudnn: bool = False
+    remark: str = ""  # why faster code cannot be used
+    tunes_cudnn: bool = False  # cuDNN times its algorithms, which pays since all batches have one shape
 
     @property
     def graphed(self) -> bool:
@@ -83,9 +75,9 @@ class Execution:
 def pick_execution(name: str, device: torch.device) -> Execution:
     """Choose how to run the training step, from --compile; `apply_execution` applies it.
 
-    "auto" is the fastest that is certain to be worth its preparation: on the CPU the fused kernels, which compile in
-    seconds, where there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA compiles the networks
-    with torch.compile as well, which takes minutes. "off" is PyTorch's operators one by one.
+    "auto" is the fastest that is worth its preparation: on the CPU the fused kernels, which compile in seconds, where
+    there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA also compiles the networks with
+    torch.compile, which takes minutes. "off" is PyTorch's operators one by one.
 
     Raises:
         UserError: "on" is impossible here.
@@ -111,8 +103,8 @@ def pick_execution(name: str, device: torch.device) -> Execution:
 
 def apply_execution(execution: Execution) -> None:
     """Set up this process: the kernels, cuDNN, the C library's memory, and the number of threads."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        _limit_threads(cores())
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())  # more than a container's CPU quota would wait for each other
     if execution.tunes_cudnn:
         torch.backends.cudnn.benchmark = True
     if execution.code == KERNELS:
@@ -122,18 +114,8 @@ def apply_execution(execution: Execution) -> None:
         fused.disable()
 
 
-def _limit_threads(cores: int) -> None:
-    """Use no more threads than the CPU quota of a container has cores: they would wait for each other."""
-    if torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)
-
-
 def _keep_freed_memory() -> None:
-    """Keep freed memory for the next step.
-
-    glibc returns large blocks to the system, which hands them out again page by page, zeroed: with a batch of 1,024
-    that took longer than the arithmetic.
-    """
+    """Keep freed memory for the next step: with a batch of 1,024, to get new pages took longer than the arithmetic."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
@@ -221,7 +203,10 @@ class GraphedStep:
         if self.calls <= self.WARM_UP:
             return self._warm_up()
         if self.graph is None:
-            self._record()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.outputs = self.step(self.images, self.targets)
+            self.graph = graph
         self.graph.replay()
         return self.outputs
 
@@ -232,12 +217,6 @@ class GraphedStep:
             outputs = self.step(self.images, self.targets)
         torch.cuda.current_stream().wait_stream(side)
         return outputs
-
-    def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self.step(self.images, self.targets)
-        self.graph = graph
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -258,19 +237,15 @@ def _quotas(root: Path) -> Iterator[float]:
     with suppress(OSError):  # not Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            version1 = "cpu" in controllers.split(",")
-            if version1 or not controllers:
-                mount = root / "sys/fs/cgroup" / ("cpu" if version1 else "")
-                folder = mount / path.lstrip("/")  # in a container it may be missing below its mount
-                for cgroup in (folder, *folder.parents):
-                    if cgroup.is_relative_to(mount):
-                        yield _quota(cgroup, version1)
-
-
-def _quota(cgroup: Path, version1: bool) -> float:
-    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version1 else ("cpu.max",)  # "150000 100000"
-    with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
-        quota, period = map(int, " ".join((cgroup / name).read_text() for name in names).split())
-        if quota > 0:  # version 1 has -1 for no quota
-            return quota / period
-    return math.inf
+            if "cpu" in controllers.split(","):  # version 1
+                mount, files = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            elif not controllers:
+                mount, files = root / "sys/fs/cgroup", ("cpu.max",)  # "150000 100000"
+            else:
+                continue
+            folder = mount / path.lstrip("/")  # in a container it may be missing below its mount
+            for cgroup in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
+                    quota, period = map(int, " ".join((cgroup / name).read_text() for name in files).split())
+                    if quota > 0:  # version 1 has -1 for no quota
+                        yield quota / period

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # with gradients
 
 from utils.errors import UserError
 
@@ -35,8 +36,7 @@ def start(device: torch.device) -> torch.device:
     """
     if dist.is_initialized() or "WORLD_SIZE" not in os.environ or _variable("WORLD_SIZE") == 1:
         return device
-    _variable("RANK")  # torch would report it in its own words
-    local_rank = _variable("LOCAL_RANK")
+    _, local_rank = _variable("RANK"), _variable("LOCAL_RANK")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPU(s): lower --nproc_per_node of torchrun")
@@ -44,12 +44,12 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"torchrun needs --device cuda or cpu, not {device.type}")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=10)
     try:
         store, this, size = next(dist.rendezvous("env://", timeout=timeout))
         # After a restart it still holds the addresses of the processes before.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=this, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run do not reach each other: {str(error).splitlines()[0]}") from error
@@ -57,11 +57,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def _variable(name: str) -> int:
-    """Read a number that torchrun puts into the environment.
-
-    Raises:
-        UserError: it is missing, or not a number.
-    """
+    """Read a number that torchrun puts into the environment; raises a UserError if there is none."""
     value = os.environ.get(name)
     try:
         return int(value)
@@ -143,18 +139,6 @@ def first_on_each_machine() -> Iterator[None]:
             wait_for_all()
 
 
-class _Total(torch.autograd.Function):
-    """Differentiable all-reduce (sum): gradients are summed over all processes, too."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        return total(values)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return total(grad)
-
-
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that in training takes mean and variance over the batches of all processes, on any device.
 
@@ -168,22 +152,18 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dimensions = [0, *range(2, x.dim())]
         values = x.to(torch.promote_types(x.dtype, torch.float32))
+        moments = torch.var_mean(values, [0, *range(2, x.dim())], correction=0)
+        local = torch.cat([*moments, values.new_tensor([values.numel() / values.shape[1]])])
         # One row of moments for each process, because sums of squares over all of them would cancel.
-        local = torch.cat([
-            *torch.var_mean(values, dimensions, correction=0),
-            values.new_tensor([values.numel() / values.shape[1]]),
-        ])  # fmt: skip
-        rows = torch.zeros(world_size(), len(local), dtype=local.dtype, device=local.device)
-        rows = _Total.apply(rows.index_put((torch.tensor(rank(), device=local.device),), local))
-        variances, means, counts = rows[:, : self.num_features], rows[:, self.num_features : -1], rows[:, -1:]
-        shares = counts / counts.sum()
+        rows = all_reduce(nn.functional.pad(local[None], (0, 0, rank(), world_size() - 1 - rank())))
+        variances, means, counts = rows.split([self.num_features, self.num_features, 1], dim=1)
+        total_count = counts.sum()
+        shares = counts / total_count
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean) ** 2)).sum(0)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            total_count = counts.sum()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * total_count / (total_count - 1), self.momentum)
         shape = [1, -1] + [1] * (x.dim() - 2)

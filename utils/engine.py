@@ -23,7 +23,7 @@ from utils.files import to_plain
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
-from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten
+from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate
 
 DIVERGED = "the loss is not finite"  # starts the error of a run that diverged; experiment/study.py looks for it
 
@@ -36,10 +36,8 @@ class Trainer:
 
     Attributes:
         epoch: epochs done; during training, the one in progress.
-        means: of the training steps of the epoch in progress.
-        scores: on the validation set, of the last epoch done.
-        seconds: of training and validation so far, including those before the run was resumed.
         best: the best student on the validation set so far.
+        seconds: of training and validation so far, including those before the run was resumed.
         reached: for a log line, the point that a resumed run goes on from.
     """
 
@@ -62,27 +60,23 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             learner.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
         )
-        self.forward = self._forward(execution)
+        self.forward = torch.compile(self.learner) if execution.compiled else self.learner
+        if distributed.world_size() > 1:
+            if config.sync_bn:
+                distributed.synchronize_batch_norm(self.learner)
+            self.forward = DistributedDataParallel(self.learner, [device] if device.type == "cuda" else None)
         self.step = GraphedStep(self.train_step) if execution.graphed else self.train_step
         self.rampup = 1.0
         # A CUDA graph reads the learning rate and the factor of the online term from memory.
         self.on_device = torch.ones(2, device=device).unbind() if execution.graphed else None
 
         self.epoch = 0
-        self.means = EpochMeans()
-        self.scores: Scores | None = None
+        self.means = EpochMeans()  # of the epoch in progress
+        self.scores: Scores | None = None  # on the validation set, of the last epoch done
         self.best: Best | None = None
         self._begun: Progress | None = None  # the epoch that a resumed run had begun, from its checkpoint
         self._saved_at = time.monotonic()
         self.seconds, self._since = 0.0, time.perf_counter()
-
-    def _forward(self, execution: Execution) -> nn.Module:
-        """The learner, compiled or shared by the processes."""
-        if distributed.world_size() == 1:
-            return torch.compile(self.learner) if execution.compiled else self.learner
-        if self.config.sync_bn:
-            distributed.synchronize_batch_norm(self.learner)
-        return DistributedDataParallel(self.learner, [self.device] if self.device.type == "cuda" else None)
 
     def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
         """One step of SGD on this process's share of a batch, (B, 3, H, W) and (B,), in --accumulate parts."""
@@ -91,10 +85,10 @@ class Trainer:
         parts = max(1, min(self.config.accumulate, min(shares) // 2))  # BatchNorm needs two images
         self.optimizer.zero_grad()
         outcome = 0
-        for part, of_part in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
-            weight = len(of_part[1]) / size
+        for part, batch in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
+            weight = len(batch[1]) / size
             with nullcontext() if part == parts or processes == 1 else self.forward.no_sync():
-                losses, correct = self.losses(*of_part)
+                losses, correct = self.losses(*batch)
                 (processes * weight * losses["loss"]).backward()  # the gradients are averaged over the processes
             outcome = outcome + torch.cat([weight * torch.stack(list(losses.values())).detach(), correct])
         self.optimizer.step()
@@ -138,8 +132,13 @@ class Trainer:
                 means.add(result)
                 bar.update(result.size)
                 if means.steps % self.config.print_freq == 0:
-                    self._show_loss(bar, steps, job)
-                self._save_if_due(batches, job, meta)
+                    self._settle(steps, job)
+                    loss = f"{means.losses[-1][0]:.4f}"
+                    bar.set_postfix(loss=loss)
+                    if bar.disable and means.steps < steps:  # without a terminal
+                        job.logger.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}")
+                if meta:
+                    self._save_if_due(batches, job, meta)
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
         # Evaluation may take longer than a scheduler waits after its signal. If the weights are not finite, it fails.
@@ -156,24 +155,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _show_loss(self, bar: tqdm, steps: int, job: Job) -> None:
-        """Show the loss in the progress bar or, without a terminal, in the log."""
-        self._settle(steps, job)
-        loss = f"{self.means.losses[-1][0]:.4f}"
-        bar.set_postfix(loss=loss)
-        if bar.disable and self.means.steps < steps:
-            job.logger.info(f"{self._title}, step {self.means.steps}/{steps}: loss {loss}")
-
-    def _save_if_due(self, batches: AugmentedBatches, job: Job, meta: Meta | None) -> None:
+    def _save_if_due(self, batches: AugmentedBatches, job: Job, meta: Meta) -> None:
         """Save the epoch in progress every --save_every_minutes, and before a signal ends the process."""
         interrupted, minutes = _interrupted(), self.config.save_every_minutes
-        due = minutes and time.monotonic() - self._saved_at >= 60 * minutes
-        if meta and (interrupted or due):
+        if interrupted or (minutes and time.monotonic() - self._saved_at >= 60 * minutes):
             self._settle(len(batches), job)
             self._save_last(job, meta, batches)
             if interrupted:
-                saved = f"{self._title}, step {self.means.steps}/{len(batches)} is saved"
-                interruption.message = f"{saved}; {job.how_to_go_on}"
+                step = f"step {self.means.steps}/{len(batches)}"
+                interruption.message = f"{self._title}, {step} is saved; {job.how_to_go_on}"
                 interruption.end()
 
     def _settle(self, steps: int, job: Job) -> None:
@@ -185,7 +175,6 @@ class Trainer:
         """Train to the last epoch, and save before and after each evaluation.
 
         Args:
-            meta: of the checkpoints.
             keep_initial: the students as they are before training may turn out the best.
 
         Raises:
@@ -196,7 +185,7 @@ class Trainer:
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
-                if not all(map(math.isfinite, flatten(to_plain(self.scores)).values())):
+                if not all(map(math.isfinite, self.scores.numbers().values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
                 self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
@@ -211,7 +200,7 @@ class Trainer:
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
                 rate = learning_rate(self.config, self.epoch)
-                self._check_finite(flatten(to_plain(self.scores)), "on the validation set", rate, job.best)
+                self._check_finite(self.scores.numbers(), "on the validation set", rate, job.best)
                 self._keep_best(job, meta)
                 job.add_metrics(self.epoch, rate, to_plain(train_scores), to_plain(self.scores))
                 self._save_last(job, meta)
@@ -250,7 +239,7 @@ class Trainer:
         self.epoch, self.scores, self.best = content.epoch, content.scores, content.best
         self.seconds, self._begun = content.seconds or 0.0, content.progress
         if self._begun:
-            self.means.load_state_dict(to_plain(self._begun), self.device)
+            self.means.load(self._begun, self.device)
         steps = f" and {self.means.steps} steps of the next" if self.means.steps else ""
         self.reached = f"epoch {self.epoch}{steps}{changes(content.environment or {}, self.environment)}"
 
@@ -323,13 +312,17 @@ def learning_rate(config: Config, epoch: int, share: float = 1.0) -> float:
         rate = config.lr / 2 * (1 + math.cos(math.pi * (epoch - 1) / config.num_epochs))
     else:
         rate = config.lr * 0.1 ** sum(epoch > decay for decay in config.lr_decay_step)
-    return rate * (min(1.0, (epoch - 1 + share) / config.warmup_epochs) if config.warmup_epochs else 1.0)
+    return rate * _share_of(config.warmup_epochs, epoch, share)
 
 
 def online_rampup(config: Config, epoch: int, share: float = 1.0) -> float:
     """Factor of the online term: exp(-5 (1 - t)^2), t from 0 to 1 over rampup_epochs (arXiv 1610.02242, section 2)."""
-    t = min(1.0, (epoch - 1 + share) / config.rampup_epochs) if config.rampup_epochs else 1.0
-    return math.exp(-5 * (1 - t) ** 2)
+    return math.exp(-5 * (1 - _share_of(config.rampup_epochs, epoch, share)) ** 2)
+
+
+def _share_of(epochs: float, epoch: int, share: float) -> float:
+    """How much of the first `epochs` is done, from 0 to 1."""
+    return min(1.0, (epoch - 1 + share) / epochs) if epochs else 1.0
 
 
 def _interrupted() -> bool:

@@ -80,10 +80,9 @@ def guard() -> None:
 
     Under torchrun, only the first process writes to standard output.
     """
-    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
-        if getattr(sys, name) is not original:
-            continue
-        if original is None or (name == "stdout" and announced_rank() != "0"):
-            setattr(sys, name, text_stream(os.open(os.devnull, os.O_WRONLY), "utf-8"))
-        else:
-            setattr(sys, name, text_stream(original.fileno(), original.encoding))
+    for name in ("stdout", "stderr"):
+        original = getattr(sys, f"__{name}__")
+        if getattr(sys, name) is original:
+            silent = original is None or (name == "stdout" and announced_rank() != "0")
+            target = (os.open(os.devnull, os.O_WRONLY), "utf-8") if silent else (original.fileno(), original.encoding)
+            setattr(sys, name, text_stream(*target))

@@ -46,17 +46,12 @@ class Interruption:
             self.pending, self._received_at = number, time.monotonic()
             if not self._deferred:
                 self.end()
-        elif self._is_impatience(number):
-            os._exit(128 + number)
-
-    def _is_impatience(self, number: int) -> bool:
-        """Whether another signal means that the process has to end at once.
-
-        torchrun forwards its signals to its processes, which may have received them already, and kills those that do
-        not end in time. A limit of CPU time is signaled every second.
-        """
+            return
+        # A limit of CPU time is signaled every second. torchrun forwards its signals to its processes, which may have
+        # received them already, and kills those that do not end in time.
         echo = number == self.pending and time.monotonic() - self._received_at < ECHO
-        return number in REQUESTS and not echo and "TORCHELASTIC_RUN_ID" not in os.environ
+        if number in REQUESTS and not echo and "TORCHELASTIC_RUN_ID" not in os.environ:
+            os._exit(128 + number)
 
     def end(self) -> NoReturn:
         """Print the line and raise SystemExit."""

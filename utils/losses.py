@@ -6,9 +6,8 @@
 
 with z_i, z_t, z_p the logits of student i, the online teacher and the pretrained teacher, and p = softmax(z / T).
 
-Of the other methods only deep mutual learning has terms of its own. Plain training is this without a teacher; Hinton's
-distillation (arXiv 1503.02531), with the pretrained teacher alone; ONE (arXiv 1806.04606), with a gated ensemble of the
-students as the online teacher (`model.online.GatedEnsemble`), detached.
+Plain training is this without a teacher; Hinton's distillation (arXiv 1503.02531), with the pretrained teacher alone;
+ONE (arXiv 1806.04606), with a gated ensemble of the students as the online teacher, detached.
 """
 
 import torch
@@ -41,8 +40,8 @@ def online_distillation(
         lam: weight of the online term.
         pretrained_logits: (B, K) of the pretrained teacher; no gradient flows into them.
         miu: weight of the term of the pretrained teacher.
-        reduction: of each KL over (B, K): "batchmean" sums over classes and averages over images, the mathematical
-            KL; "element" averages over both, as the authors' code does, which is K times weaker.
+        reduction: of each KL: "batchmean" sums over classes and averages over images, the mathematical KL; "element"
+            averages over both, as the authors' code does, which is K times weaker.
         detach_teacher: no gradient of the online term to the online teacher, which then learns from the targets alone.
         rampup: factor of lam, from 0 to 1; a tensor if a CUDA graph reads it from memory.
 
@@ -53,10 +52,9 @@ def online_distillation(
         ValueError: an unknown reduction, lam without teacher_logits, miu without pretrained_logits.
     """
     _check_reduction(reduction)
-    if lam and teacher_logits is None:
-        raise ValueError("lam needs teacher_logits: there is no online teacher to learn from")
-    if miu and pretrained_logits is None:
-        raise ValueError("miu needs pretrained_logits: there is no pretrained teacher to learn from")
+    for weight, logits, kind in ((lam, teacher_logits, "online"), (miu, pretrained_logits, "pretrained")):
+        if weight and logits is None:
+            raise ValueError(f"there is no {kind} teacher to learn from: give its logits, or the weight 0")
 
     student_logits = _at_least_float32(student_logits)
     terms = {"ce_students": _cross_entropy(student_logits, targets)}

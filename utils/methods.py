@@ -23,55 +23,38 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """Students, perhaps with an online teacher made of them, and the loss that trains them.
+    """Students, perhaps with an online teacher made of them, and the loss that trains them."""
 
-    Attributes:
-        name: value of --method.
-        title: name in reports.
-        num_students: default of --num_students, and `fewest_students` the least.
-        lam: default of --lambda, the weight of the online term; 0 if the method has no such term.
-        temperature: default of --temperature.
-        rampup: default of --rampup_epochs, as a share of the epochs.
-        uses_pretrained: it can learn from a pretrained teacher (--teacher_dir, --miu).
-        detaches: whether the online teacher gets no gradient from the online term; None: as --detach_teacher.
-    """
-
-    name: str
-    title: str
-    num_students = 1
-    fewest_students = 1
-    lam = 0.0
+    name: str  # value of --method
+    title: str  # in reports
+    # Defaults of the flags.
+    num_students, fewest_students = 1, 1
+    lam = 0.0  # weight of the online term; 0 if the method has no such term
     temperature = 4.0
-    rampup = 0.0
-    uses_pretrained = False
-    detaches: bool | None = False
+    rampup = 0.0  # --rampup_epochs, as a share of the epochs
+    uses_pretrained = False  # it can learn from a pretrained teacher (--teacher_dir, --miu)
+    detaches: bool | None = False  # the online teacher gets no gradient from the online term; None: --detach_teacher
 
     def check(self, config: Config) -> None:
         """Raise a UserError for flags, settled or not, that do not suit the method."""
+        this = f"--method {self.name}"
         if not self.lam:
-            config.refuse(
-                "lam", "rampup_epochs", message=f"--method {self.name} has no online term: leave out {{flag}}"
-            )
+            config.refuse("lam", "rampup_epochs", message=f"{this} has no online term: leave out {{flag}}")
         if not self.uses_pretrained:
-            config.refuse("miu", message=f"--method {self.name} learns from no pretrained teacher: leave out {{flag}}")
+            config.refuse("miu", message=f"{this} learns from no pretrained teacher: leave out {{flag}}")
         if self.detaches is not None:
             message = f"{{flag}} belongs to --method od: {self.name} has nothing that it could detach"
             config.refuse("detach_teacher", message=message)
         if config.num_students < self.fewest_students:
             raise UserError(
-                f"with --method {self.name} students learn from each other: --num_students must be "
-                f"{self.fewest_students} or more"
+                f"with {this} students learn from each other: --num_students must be {self.fewest_students} or more"
             )
 
     def has_online_teacher(self, config: Config) -> bool:
         return False
 
     def online_teacher(self, students: Sequence[nn.Module], num_classes: int) -> Students:
-        """The students with their online teacher.
-
-        Raises:
-            UserError (a ValueError): the method has none.
-        """
+        """The students with their online teacher; raises a UserError if the method has none."""
         raise UserError(f"the method '{self.name}' has no online teacher")
 
     def learner(self, config: Config, students: Sequence[nn.Module], num_classes: int) -> Students:

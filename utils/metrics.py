@@ -14,6 +14,7 @@ from data.loader import Batches
 from model.online import Students
 from utils import distributed
 from utils.errors import UserError
+from utils.files import to_plain
 
 TOP5_ABOVE = 10  # classes; top-5 says little about fewer
 
@@ -54,8 +55,7 @@ class Scores:
         accuracy: top-1 in %; NaN for a network with non-finite logits.
         loss: cross-entropy.
         top5: top-5 accuracy in %; None for at most ten classes.
-        disagreement: percentage of the images for which two students predict different classes, averaged over all
-            pairs of students; None for a single student.
+        disagreement: % of the images for which two students predict different classes, averaged over all pairs.
         confusion: (K, K) counts of images by target (row) and class that one student predicts (column), if asked for.
     """
 
@@ -70,6 +70,10 @@ class Scores:
         columns = [values.listed() for values in (self.accuracy, self.top5) if values]
         return [Accuracy(*row) for row in zip(*columns, strict=True)]
 
+    def numbers(self) -> dict[str, float]:
+        """All scores by their tensorboard names."""
+        return flatten(to_plain(self))
+
     def __str__(self) -> str:
         """For a log line: "students 91.20 91.52, online teacher 92.31", with top-5 in parentheses if there is any."""
         rows, count = self.accuracies(), len(self.accuracy.students)
@@ -79,12 +83,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TrainingScores:
-    """Averages over the images of an epoch, each scored in its own training step.
-
-    Attributes:
-        loss: the loss, named "total", and its terms.
-        accuracy: top-1 in %.
-    """
+    """Averages over an epoch: the loss, named "total", and its terms; top-1 accuracy in %."""
 
     loss: dict[str, float]
     accuracy: ByNetwork
@@ -138,7 +137,7 @@ def evaluate(
         UserError: no image can be read.
     """
     learner.eval()
-    students, totals, classes, counts = len(learner.students), 0, 0, torch.tensor(0)
+    students, totals, classes, counts = len(learner.students), 0, 0, 0
     with torch.inference_mode():
         for images, targets in batches:
             logits = all_logits(*learner(images))
@@ -183,31 +182,20 @@ def all_logits(student_logits: Tensor, teacher_logits: Tensor | None) -> Tensor:
 
 
 class StepResult(NamedTuple):
-    """A training step on the whole batch, of all processes; the tensors are on the device.
+    """A training step on the whole batch, of all processes; the tensors are on the device."""
 
-    Attributes:
-        losses: the loss and its terms, scalars.
-        correct: (networks,) counts of correct predictions, in the order of `all_logits`.
-        size: images.
-    """
-
-    losses: dict[str, Tensor]
-    correct: Tensor
-    size: int
+    losses: dict[str, Tensor]  # the loss and its terms, scalars
+    correct: Tensor  # (networks,) counts of correct predictions, in the order of `all_logits`
+    size: int  # images
 
 
 class EpochMeans:
-    """Averages the results of an epoch's training steps over its images.
-
-    Attributes:
-        losses: the loss and its terms, named by `names`, of each settled step.
-        sizes: images of each step.
-    """
+    """Averages the results of an epoch's training steps over its images."""
 
     def __init__(self):
-        self.names: list[str] = []
-        self.losses: list[list[float]] = []
-        self.sizes: list[int] = []
+        self.names: list[str] = []  # of the loss and its terms
+        self.losses: list[list[float]] = []  # of each settled step
+        self.sizes: list[int] = []  # images of each step
         self._correct: Tensor | int = 0
         self._pending: list[Tensor] = []
 
@@ -231,18 +219,16 @@ class EpochMeans:
         rows = torch.stack(self._pending).tolist() if self._pending else []
         self._pending.clear()
         self.losses += rows
-        return dict(enumerate((self._named(row) for row in rows), start=self.steps - len(rows) + 1))
+        named = (dict(zip(self.names, row, strict=True)) for row in rows)
+        return dict(enumerate(named, start=self.steps - len(rows) + 1))
 
     def scores(self, learner: Students) -> TrainingScores:
         """The averages; the steps must be settled."""
         weights = torch.tensor(self.sizes, dtype=torch.float64) / self.images
-        averages = self._named((weights @ torch.tensor(self.losses, dtype=torch.float64)).tolist())
+        averages = (weights @ torch.tensor(self.losses, dtype=torch.float64)).tolist()
+        names = ("total" if name == "loss" else name for name in self.names)
         accuracies = [100 * hits / self.images for hits in self._correct.tolist()]
-        losses = {"total" if name == "loss" else name: value for name, value in averages.items()}
-        return TrainingScores(losses, ByNetwork.of(learner, accuracies))
-
-    def _named(self, row: Sequence[float]) -> dict[str, float]:
-        return dict(zip(self.names, row, strict=True))
+        return TrainingScores(dict(zip(names, averages, strict=True)), ByNetwork.of(learner, accuracies))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint; the steps must be settled."""
@@ -253,10 +239,10 @@ class EpochMeans:
             "correct": self._correct.cpu(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.names = state["names"]
-        self.losses, self.sizes = state["losses"].tolist(), state["sizes"].tolist()
-        self._correct = state["correct"].to(device)
+    def load(self, state: Any, device: torch.device) -> None:
+        """Go on from an object with the attributes that `state_dict` returned."""
+        self.names, self.losses, self.sizes = state.names, state.losses.tolist(), state.sizes.tolist()
+        self._correct = state.correct.to(device)
 
 
 def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
