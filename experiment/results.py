@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiment.studies import STUDIES, Study, Table
+from experiment.studies import COMPARED, STUDIES, Study, Table
 from utils.files import atomic_write
 from utils.tables import markdown
 
@@ -90,11 +90,12 @@ def write_results(out: Path) -> None:
 
 def _section(name: str, study: Study, records: list[Record], folder: Path) -> list[str]:
     keys = ("device", "execution", "precision", "torch")
-    hardware = sorted({", ".join(e[key] for key in keys if key in e) for e in (r["environment"] for r in records)})
+    environments = [record["environment"] for record in trained(records)]
+    hardware = sorted({", ".join(found[key] for key in keys if key in found) for found in environments})
     where = " --data_dir PATH" if study.data else ""
     text = [f"## {study.title}", "", f"`python experiment/study.py {name}{where}` with the flags `{study.flags}`."]
     text += [LOSSLESS] if study.data else [""]
-    text += [f"Trained on {'; '.join(hardware)}.", ""]
+    text += [f"Trained on {'; '.join(hardware)}.", ""] if hardware else []
     for table in study.tables:
         groups = grouped(records, table)
         if any(groups.values()):
@@ -160,8 +161,8 @@ def _comparisons(table: Table, groups: Groups) -> list[str]:
     """Differences between variants that have both been trained: of exported students, and of means of students."""
     titles = {row.variant: row.title for row in table.rows}
     lines = []
-    for ours, theirs in table.compared:
-        pair = trained(groups[ours]), trained(groups[theirs])
+    for ours, theirs in ((ours, theirs) for ours, others in COMPARED.items() for theirs in others.split()):
+        pair = [trained(groups.get(variant, [])) for variant in (ours, theirs)]
         if all(pair):
             cells = [difference(*(Mean.of(map(value, group)) for group in pair)) for value in (exported, mean_student)]
             lines.append([f"{titles[ours]}, minus {titles[theirs]}", *cells])

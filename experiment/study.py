@@ -1,19 +1,16 @@
-"""Does it work? Trains the runs of a study and writes RESULTS.md.
+"""Train the runs of a study, one process of main.py each, and write RESULTS.md.
 
     python experiment/study.py digits                               # within an hour on two cores
-    python experiment/study.py cifar100 --data_dir PATH             # days on two cores
-    python experiment/study.py cifar10 --data_dir PATH              # a night on two cores
+    python experiment/study.py cifar100 --data_dir PATH             # days on two cores; cifar10: a night
     python experiment/study.py cifar100 --data_dir PATH --only 'depthwise-*-0'   # one table, one seed
-    python experiment/study.py cifar100 --data_dir PATH --check     # scores the kept networks on the test set again
-    python experiment/study.py                                      # only writes RESULTS.md, from the records
+    python experiment/study.py cifar100 --data_dir PATH --check     # evaluates the kept networks again
+    python experiment/study.py                                      # writes RESULTS.md from the records
 
-studies.py lists the runs. PATH is the data set as a tree of image files, train/<class>/* and test/<class>/*. Every run
-is a process of main.py; as many run at a time as there are GPUs, or else CPU cores (--jobs). A finished run has a
-record in results/STUDY.jsonl, and results/students/ keeps the networks that the runs of seed 0 exported. The same
-command continues an interrupted study, also in the middle of a run. To train everything again, give another --out.
+studies.py lists the runs. PATH is the data set as a tree of image files, train/<class>/* and test/<class>/*. A finished
+run has a record in results/STUDY.jsonl, and results/students/ keeps the networks that the runs of seed 0 exported. The
+same command continues an interrupted study, also in the middle of a run. Give another --out to train everything again.
 
---check needs no training: it prints the recorded and the found test accuracy of each kept network, and ends with code 1
-if they differ for one of them.
+--check prints the recorded and the found test accuracy of each kept network; the exit code is 1 if any two differ.
 """
 
 import argparse
@@ -23,11 +20,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from fnmatch import fnmatch
 from pathlib import Path
-from threading import Condition
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,6 +46,8 @@ from utils.setup import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("num_students", "lambda", "miu")
+ACCURACIES, COSTS = ("val", "test", "val_top5", "test_top5"), ("params", "macs")
+POLL = 0.2  # seconds between looks at the runs in training
 PATHS = ("data_dir", "teacher_dir", "job_dir")  # of the machine that trained a network; not kept with it
 
 
@@ -80,26 +78,29 @@ class Run(NamedTuple):
 def grid(study: str, only: str = "*") -> Iterator[Run]:
     """The runs of a study whose names match the pattern `only`, in training order."""
     for table in STUDIES[study].tables:
-        for seed in range(max(row.seeds for row in table.rows)):
+        for seed in range(max(row.seeds or STUDIES[study].seeds for row in table.rows)):
             for row in table.rows:
                 run = Run(study, table, row, seed)
-                if seed < row.seeds and fnmatch(run.name, only):
+                if seed < (row.seeds or STUDIES[study].seeds) and fnmatch(run.name, only):
                     yield run
 
 
 class Runner:
-    """Trains the runs of a study, several at a time, in folders of `out`, and records what they achieved."""
+    """Trains the runs of a study, several at a time, in folders of `out`, and records what they achieved.
+
+    Attributes:
+        slots: environment variables, for each run that may be started now.
+        running: the processes of the runs in training, with their slots.
+    """
 
     def __init__(self, out: Path, data_dir: Path | None, jobs: int | None):
         self.out, self.data_dir = out, data_dir
-        gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-        self.jobs = jobs or gpus or cores
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))}
+        gpus, cpus = torch.cuda.device_count(), cores()
+        self.jobs = jobs or gpus or cpus
+        threads = {"OMP_NUM_THREADS": str(max(1, cpus // self.jobs))}
         self.slots = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else threads for i in range(self.jobs)]
-        self.pool = ThreadPoolExecutor(self.jobs)
-        self.processes, self.stopped = set(), False
-        self.changed = Condition()  # guards the three below, and the records
-        self.waiting, self.running, self.failed = [], [], []
+        self.waiting: list[Run] = []
+        self.running: dict[Run, tuple[subprocess.Popen, dict[str, str]]] = {}
 
     def run(self, study: str, only: str = "*") -> None:
         """Train and record the runs without a record, and the teachers that they need.
@@ -117,73 +118,46 @@ class Runner:
         for run in self.waiting:
             self.check_folder(run)
         print(f"{study}: {len(done)} runs are recorded, {len(self.waiting)} to do, {self.jobs} at a time", flush=True)
-        futures = [self.pool.submit(self.work, slot) for slot in self.slots]
-        wait(futures)
-        for future in futures:
-            future.result()
-        if self.failed:
-            log = self.log(self.failed[0])
-            raise UserError(f"{len(self.failed)} runs failed, such as that of {log}: give the command again afterwards")
-
-    def work(self, slot: dict[str, str]) -> None:
-        """Train one run after another until none is left.
-
-        Args:
-            slot: environment variables of these runs.
-        """
-        while run := self.next_run():
-            try:
-                record = self.train(run, slot)
-                with self.changed:
-                    if record:
-                        self.keep(run, record)
-                    elif not self.stopped:
-                        self.failed.append(run)
+        for run in [run for run in self.waiting if self.read(run, "report.json")]:
+            self.waiting.remove(run)
+            self.keep(run)
+        failed = []
+        try:
+            while (ready := self.next_run()) or self.running:
+                if ready and self.slots:
+                    self.start(ready)
+                    continue
+                time.sleep(POLL)
+                for run in [run for run, (process, _) in self.running.items() if process.poll() is not None]:
+                    self.slots.append(self.running.pop(run)[1])
+                    if not self.keep(run):
+                        failed.append(run)
                         print(f"{run.name} FAILED, see {self.log(run)}", flush=True)
-            finally:
-                with self.changed:  # also after an error: other threads may be waiting for this run
-                    self.running.remove(run)
-                    self.changed.notify_all()
+        finally:  # after Ctrl-C or an error, the others save their state
+            for process, _ in self.running.values():
+                process.terminate()
+            for process, _ in self.running.values():
+                process.wait()
+        failed += self.waiting  # their teachers failed
+        if failed:
+            log = self.log(failed[0])
+            raise UserError(f"{len(failed)} runs failed, such as that of {log}: give the command again afterwards")
 
     def next_run(self) -> Run | None:
-        """The first waiting run whose teacher is trained; waits for teachers in training. None at the end."""
-        with self.changed:
-            while not self.stopped:
-                ready = [run for run in self.waiting if not run.teacher or self.is_done(run.teacher)]
-                if ready:
-                    self.waiting.remove(ready[0])
-                    self.running.append(ready[0])
-                    return ready[0]
-                if not self.running:
-                    self.failed += self.waiting  # their teachers did
-                    self.waiting = []
-                    return None
-                self.changed.wait()
-        return None
+        """The first waiting run that needs no teacher, or a trained one."""
+        return next((run for run in self.waiting if not run.teacher or self.is_done(run.teacher)), None)
 
-    def train(self, run: Run, slot: dict[str, str]) -> dict[str, Any] | None:
-        """Train the run unless its report exists. Returns its record, None if it failed."""
-        if not self.stopped and not (self.job_dir(run) / "report.json").exists():
-            self.log(run).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log(run), "a", encoding="utf-8") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-u", *self.command(run), "--resume"],
-                    cwd=ROOT, env=os.environ | slot, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
-                )  # fmt: skip
-                self.processes.add(process)
-                process.wait()
-                self.processes.remove(process)
-        return self.record(run)
-
-    def stop(self) -> None:
-        """Terminate the runs, which save their state, and wait for them."""
-        self.stopped = True
-        for process in list(self.processes):
-            process.terminate()
-        with self.changed:
-            self.changed.notify_all()
-        self.pool.shutdown()
+    def start(self, run: Run) -> None:
+        self.waiting.remove(run)
+        slot = self.slots.pop(0)
+        self.log(run).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log(run), "a", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-u", *self.command(run), "--resume"],
+                cwd=ROOT, env=os.environ | slot, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
+            )  # fmt: skip
+        self.running[run] = process, slot
 
     def command(self, run: Run) -> list[str]:
         paths = ["--job_dir", str(self.job_dir(run))]
@@ -195,17 +169,20 @@ class Runner:
 
     def check_folder(self, run: Run) -> None:
         """Raise a UserError if the run's folder has a run with other flags, or other defaults."""
-        path = self.job_dir(run) / "config.json"
-        if not path.exists():
+        if not (was := self.read(run, "config.json")):
             return
-        was = json.loads(path.read_text(encoding="utf-8"))
         now = options.parse("main", self.command(run)[1:]).recorded()
         for name in sorted(set(now) - MAY_CHANGE | {"num_epochs"}):
             if now[name] not in (None, was.get(name)):  # None: settled by main.py
                 raise UserError(
-                    f"{path.parent} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or give "
-                    "another --out"
+                    f"{self.job_dir(run)} was trained with --{name} {was.get(name)}, not {now[name]}: delete it, or "
+                    "give another --out"
                 )
+
+    def read(self, run: Run, name: str) -> dict[str, Any] | None:
+        """The content of a JSON file of the run; None if it does not exist."""
+        path = self.job_dir(run) / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def job_dir(self, run: Run) -> Path:
         return self.out.resolve() / "study" / run.study / run.name
@@ -220,8 +197,11 @@ class Runner:
     def is_done(self, teacher: Run) -> bool:
         return self.exported(teacher).exists()
 
-    def keep(self, run: Run, record: dict[str, Any]) -> None:
-        """Append the record, keep the exported network of seed 0, and write RESULTS.md."""
+    def keep(self, run: Run) -> bool:
+        """Append the record, keep the exported network of seed 0, and write RESULTS.md. False if the run failed."""
+        record = self.record(run)
+        if not record:
+            return False
         if run.seed == 0 and "diverged" not in record:
             (exported,) = self.job_dir(run).glob("*.pt")
             content = checkpoint.load(exported)
@@ -229,23 +209,22 @@ class Runner:
             self.exported(run).parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(self.exported(run), content)
         if run.name not in {known["run"] for known in read_records(self.out, run.study)}:
-            with open(records_file(self.out, run.study), "a", encoding="utf-8") as file:
+            path = records_file(self.out, run.study)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         outcome = "diverged" if "diverged" in record else f"{record['test']:.2f} % on the test set"
         print(f"{run.name}: {outcome}; {len(self.waiting)} to do", flush=True)
         write_results(self.out)
+        return True
 
     def record(self, run: Run) -> dict[str, Any] | None:
         """A run's settings, accuracies, costs and environment; only its settings if it diverged; None if it failed."""
-        try:
-            config = json.loads((self.job_dir(run) / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (config := self.read(run, "config.json")):
             return None
         kept = {"run": run.name, "table": run.table.key, "variant": run.row.variant, "model": config["teacher_model"]}
         kept |= {"conv": config["conv"], "seed": run.seed, "settings": {name: config[name] for name in SETTINGS}}
-        try:
-            report = json.loads((self.job_dir(run) / "report.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (report := self.read(run, "report.json")):
             last = self.log(run).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
             finite = not last.startswith(f"error: {DIVERGED}")
             return None if finite else kept | {"diverged": last.split(": ")[1]}
@@ -255,12 +234,12 @@ class Runner:
         online = [row for row in networks if row["role"] == "online_teacher"]
         environment = report["environment"]
         return kept | {
-            **_accuracies(chosen),
-            "students": [_accuracies(row) for row in networks if row["role"] == "student"],
-            "online_teacher": _accuracies(online[0]) | _costs(online[0]) if online else None,
-            "teacher": _accuracies(standard) if config["teacher_dir"] else None,
+            **_values(chosen, ACCURACIES),
+            "students": [_values(row, ACCURACIES) for row in networks if row["role"] == "student"],
+            "online_teacher": _values(online[0], ACCURACIES + COSTS) if online else None,
+            "teacher": _values(standard, ACCURACIES) if config["teacher_dir"] else None,
             "disagreement": report["disagreement"],
-            **_costs(chosen),
+            **_values(chosen, COSTS),
             "data": report["data"],
             "start": report["start"],
             "flags": run.flags + (f" --teacher_dir {{{run.row.teacher}}}" if run.row.teacher else ""),
@@ -297,12 +276,8 @@ def check(out: Path, study: str, data_dir: Path | None) -> bool:
     return not differ
 
 
-def _accuracies(row: dict[str, Any]) -> dict[str, float]:
-    return {key: row[key] for key in ("val", "test", "val_top5", "test_top5") if key in row}
-
-
-def _costs(row: dict[str, Any]) -> dict[str, int]:
-    return {key: row[key] for key in ("params", "macs")}
+def _values(row: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
+    return {key: row[key] for key in keys if key in row}
 
 
 def _commit() -> str | None:
@@ -325,15 +300,11 @@ def main(args: argparse.Namespace) -> None:
         if args.check:
             sys.exit(0 if check(args.out, args.study, args.data_dir) else 1)
         runner = Runner(args.out, args.data_dir, args.jobs)
-        records_file(args.out, args.study).parent.mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             runner.run(args.study, args.only)
         except KeyboardInterrupt:
-            runner.stop()
-            print(
-                "interrupted: the runs are saved where they are; the same command goes on from there", file=sys.stderr
-            )
+            print("interrupted: the runs are saved; the same command continues them", file=sys.stderr)
             sys.exit(130)
     write_results(args.out)
     print(f"wrote {args.out / 'RESULTS.md'}")
