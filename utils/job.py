@@ -69,12 +69,12 @@ class Job:
         if self.writes:
             self.lock.check()
         existing = sorted(path for path in self._files() if path.exists())
+        if existing and not self._earlier_config() and not (is_here and resumed.exists()):
+            raise UserError(
+                f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
+            )
         if reset:
-            self._check_inputs(existing, inputs)
-        if not (is_here and resumed.exists()):
-            self._check_owner(existing)
-        if reset:
-            self._check_links(existing)
+            self._check_deletable(existing, inputs)
         else:
             self._check_not_trained(existing, resumed if is_here else None)
         if resume == RESUME_LAST and not self.last.exists():
@@ -82,22 +82,12 @@ class Job:
         self._seen = self._stamps(resumed)
         return resumed
 
-    def _check_inputs(self, existing: Sequence[Path], inputs: Sequence[Path | None]) -> None:
-        """Raise a UserError if the run reads one of the existing files, which --reset deletes."""
+    def _check_deletable(self, existing: Sequence[Path], inputs: Sequence[Path | None]) -> None:
+        """Raise a UserError if --reset would delete a file that the run reads, or one outside the folder."""
         deleted = {path.resolve() for path in existing}
         for path in filter(None, inputs):
             if not deleted.isdisjoint({path.resolve(), *path.resolve().glob("*.pt")}):
                 raise UserError(f"--reset would delete {path}, which this run needs: choose another --job_dir")
-
-    def _check_owner(self, existing: Sequence[Path]) -> None:
-        """Raise a UserError if there are files but no config.json of this program."""
-        if existing and not self._earlier_config():
-            raise UserError(
-                f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
-            )
-
-    def _check_links(self, existing: Sequence[Path]) -> None:
-        """Raise a UserError if --reset would delete a file outside the folder."""
         if linked := [path for path in existing if not self._is_inside(path)]:
             raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
 
@@ -107,16 +97,11 @@ class Job:
         results = [path for path in existing if path not in (self.config, self.log_file) and path.stat().st_size]
         if not results or (resumed and (resumed != self.last or self.last.exists())):
             return
-        if resumed is None:
-            raise UserError(
-                f"{self.folder} already holds a run ({results[0].name}): continue it with --resume, delete it with "
-                "--reset, or choose another --job_dir"
-            )
-        best = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
-        raise UserError(
-            f"{self.folder} holds a run ({results[0].name}) without its {self.last.name}: {best}delete it with "
-            "--reset, or choose another --job_dir"
-        )
+        state, advice = f"already holds a run ({results[0].name})", "continue it with --resume, "
+        if resumed:
+            state = f"holds a run ({results[0].name}) without its {self.last.name}"
+            advice = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
+        raise UserError(f"{self.folder} {state}: {advice}delete it with --reset, or choose another --job_dir")
 
     def _check_kinds(self) -> None:
         """Raise a UserError if a folder has the name of a file, or a folder cannot be made or written."""
@@ -138,7 +123,8 @@ class Job:
 
     def _stamps(self, resumed: Path | None) -> dict[Path, tuple[int, ...]]:
         """Inode, size and time of each file here and of `resumed`, to notice when another run writes them."""
-        stats = {path: path.stat() for path in (*self._files(), *filter(None, [resumed])) if path.exists()}
+        paths = self._files() | ({resumed} if resumed else set())
+        stats = {path: path.stat() for path in paths if path.exists()}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     @property
@@ -164,10 +150,12 @@ class Job:
         """
         if not self.writes:
             return
-        kept, times = [], {}
+        kept, times, copies = [], {}, {}
         if resumed:
-            kept = [line for line in read_metrics(_record_of(resumed)) if line["epoch"] <= epoch]
-            times = wall_times(_folder_of(resumed) / "run" / PHASES[-1])
+            source = resumed.parent.parent
+            kept = [line for line in read_metrics(source / self.metrics.name) if line["epoch"] <= epoch]
+            times = wall_times(source / self.events.name / PHASES[-1])
+            copies = {resumed: self.last, resumed.with_name(self.best.name): self.best}
         try:
             with interruption.deferred():
                 self.last.parent.mkdir(parents=True, exist_ok=True)
@@ -177,10 +165,11 @@ class Job:
                 self._clear(everything=reset)
                 with atomic_write(self.config, "w") as file:
                     json.dump(self.configuration, file, indent=2)
-                if resumed:
-                    self._take_over(resumed)
                 with atomic_write(self.metrics, "w") as file:
                     file.writelines(json.dumps(line) + "\n" for line in kept)
+                for original, copy in copies.items():
+                    if original.exists() and original.resolve() != copy.resolve():
+                        atomic_copy(original, copy)
                 log_to(self.log_file)
                 self.writers = {phase: _events_writer(self.events / phase) for phase in PHASES}
                 for line in kept:
@@ -188,22 +177,14 @@ class Job:
         except OSError as error:
             raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
-    def _take_over(self, resumed: Path) -> None:
-        """Copy the checkpoint to resume, its record and its best epoch, unless they are here."""
-        sources = {self.metrics: _record_of(resumed), self.last: resumed, self.best: resumed.with_name(self.best.name)}
-        for target, source in sources.items():
-            if source.exists() and source.resolve() != target.resolve():
-                atomic_copy(source, target)
-
     def _files(self) -> set[Path]:
         """The files that a run writes, except events, and the networks that the earlier run here exported."""
-        exported = {self.export, self.export_teacher}
         files = {self.config, self.log_file, self.metrics, self.last, self.best}
         files |= {self.report, self.report_json, self.curves}
-        if earlier := self._earlier_config():
-            with suppress(KeyError, TypeError):
-                for network in ("pruned", "teacher"):
-                    exported.add(self.folder / Path(export_name(earlier, network)).name)
+        exported = {self.export, self.export_teacher}
+        with suppress(KeyError, TypeError):  # there is none, or it is damaged
+            earlier = self._earlier_config()
+            exported |= {self.folder / Path(export_name(earlier, network)).name for network in ("pruned", "teacher")}
         return files | exported | {deployed(path, form) for path in exported for form in FORMATS}
 
     def _earlier_config(self) -> dict[str, Any] | None:
@@ -282,10 +263,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    metrics = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), start=1
-    ):
+    metrics, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
             epoch = None
             with suppress(ValueError):
@@ -294,14 +273,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset")
             metrics.append(epoch)
     return metrics
-
-
-def _folder_of(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent
-
-
-def _record_of(checkpoint: Path) -> Path:
-    return _folder_of(checkpoint) / "metrics.jsonl"
 
 
 def _events_writer(folder: Path) -> EventsWriter:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,10 @@ from utils.methods import METHODS
 if TYPE_CHECKING:
     from utils.checkpoint import Meta
 
+DESCRIPTIONS = {
+    "main": "Train cheap-convolution students with an online teacher and export the best of them.",
+    "finetune": "Refine a compressed student.",
+}
 _METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
 # The fields that --test_only takes from a training checkpoint: its networks and its data.
 _SUBJECT = (
@@ -45,25 +50,18 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         prog=f"{script}.py",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Refine a compressed student."
-        if script == "finetune"
-        else "Train cheap-convolution students with an online teacher and export the best of them.",
+        description=DESCRIPTIONS[script],
     )
-    groups = {}
-    for field in flags():
-        arguments = {
-            key: field.metadata[key]
-            for key in ("type", "choices", "metavar", "nargs", "const")
-            if key in field.metadata
-        }
-        if field.type is bool:
-            arguments["action"] = "store_true"
-        default = _default(script, field)
-        shown = f"(default: {default})" if not is_open(default) else ""
-        arguments["help"] = f"{field.metadata['help']} {shown}".strip()
-        title = field.metadata["group"]
-        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        group.add_argument(f"--{flag_name(field.name)}", dest=field.name, **arguments)
+    for title, fields in groupby(flags(), key=lambda field: field.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            keys = field.metadata.keys() & {"type", "choices", "metavar", "nargs", "const"}
+            arguments = {key: field.metadata[key] for key in keys}
+            if field.type is bool:
+                arguments["action"] = "store_true"
+            default = _default(script, field)
+            arguments["help"] = field.metadata["help"] + ("" if is_open(default) else f" (default: {default})")
+            group.add_argument(f"--{flag_name(field.name)}", dest=field.name, **arguments)
     return parser
 
 
