@@ -133,7 +133,7 @@ def test_interrupted_run_goes_on_with_the_command_that_it_prints(whole, tmp_path
 @pytest.mark.slow
 def test_signal_during_an_evaluation_loses_nothing(tmp_path):
     """Neither does SIGKILL then: last.pt has the whole epoch, and the evaluation follows when the run is resumed."""
-    flags = (*SMALL, "--train_size", 64, "--val_size", 800, "--eval_batch_size", 1, "--num_epochs", 1)
+    flags = (*SMALL, "--train_size", 64, "--val_size", 400, "--eval_batch_size", 1, "--num_epochs", 1)
     succeed("main.py", *flags, "--job_dir", tmp_path / "whole")
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         job = tmp_path / number.name
