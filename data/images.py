@@ -17,8 +17,11 @@ class DamagedImage(Exception):
     """An image file cannot be read; the message is the reason."""
 
 
-def read(path: bytes) -> Image.Image:
+def read(path: bytes, reduction: int = 1) -> Image.Image:
     """Read an image file as RGB, without its transparency and without applying EXIF's orientation.
+
+    Args:
+        reduction: 1, 2, 4 or 8; a JPEG file is decoded with its sides divided by it, rounded up.
 
     Raises:
         DamagedImage: the file is missing, cut off, no image, or has more pixels than Pillow's limit.
@@ -26,13 +29,14 @@ def read(path: bytes) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on metadata and on size, which is checked; damaged pixels raise an error
-        return _read(path)
+        return _read(path, reduction)
 
 
-def _read(path: bytes) -> Image.Image:
+def _read(path: bytes, reduction: int = 1) -> Image.Image:
     """`read`, with Pillow's warnings: warnings.catch_warnings must not run in several threads at once."""
     try:
         with Image.open(path) as image:
+            image.draft(None, (image.width // reduction, image.height // reduction))
             limit = Image.MAX_IMAGE_PIXELS  # None if the user of this module has none
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")

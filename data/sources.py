@@ -62,7 +62,9 @@ class Preprocessing:
 
     Attributes:
         interpolation, antialias: arguments of torchvision's Resize.
-        decoder: "pillow" stands for `data.images.read`.
+        decoder: "pillow" stands for `data.images.read`. "torchvision" has the same pixels, but JPEG files whose sides
+            are at least 2, 4 or 8 times those of `resize` are divided by that factor while they are decoded.
+        filter: the program that scales; pixels of "pillow" and "torchvision" differ by at most 1.
     """
 
     resize: tuple[int, int]
@@ -70,6 +72,7 @@ class Preprocessing:
     interpolation: str = "bilinear"
     antialias: bool = True
     decoder: str = "pillow"
+    filter: str = "pillow"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ class DataSet:
         """Streamed images are cropped to their center, 224 of 256 pixels, as in ImageNet's usual recipe."""
         _, *crop = self.input_size
         resize = (round(side * 256 / 224) if self.image_size else side - 2 * self.border for side in crop)
-        return Preprocessing(resize=tuple(resize), crop=tuple(crop))
+        program = "torchvision" if self.image_size else "pillow"
+        return Preprocessing(resize=tuple(resize), crop=tuple(crop), decoder=program, filter=program)
 
     def normalized_as(
         self, mean: Sequence[float], std: Sequence[float], classes: Sequence[str], source: Path

@@ -5,7 +5,7 @@ import signal
 import traceback
 import weakref
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children, resource_tracker
 from typing import Any
@@ -13,26 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import v2
 
-from data.images import DamagedImage, SkippedImages, read
+from data.crops import EvaluationCrop, TrainingCrop
+from data.images import DamagedImage, SkippedImages
 from data.loader import Normalization, epoch_seed, without_a_small_last
-from data.sources import DataSet, Preprocessing, Split
+from data.sources import DataSet, Split
 from utils import distributed
 from utils.distributed import share
 from utils.errors import UserError
 
-
-def training_crop(size: int) -> v2.Transform:
-    """ImageNet's usual augmentation, random resized crop and flip: PIL image -> (3, size, size) uint8."""
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-
-
-def evaluation_crop(preprocessing: Preprocessing) -> v2.Transform:
-    """Resize and center crop: PIL image -> (3, S, S) uint8."""
-    interpolation = v2.InterpolationMode(preprocessing.interpolation)
-    resize = v2.Resize(preprocessing.resize[0], interpolation, antialias=preprocessing.antialias)  # of the shorter side
-    return v2.Compose([resize, v2.CenterCrop(preprocessing.crop), v2.PILToTensor()])
+Crop = Callable[[bytes, int], Tensor]  # path, seed -> (3, S, S) uint8
 
 
 class InOrder:
@@ -71,25 +61,21 @@ class Shuffled(InOrder):
 class ImageFiles(Dataset):
     """Reads and crops batches of a split, with random numbers from the seed that comes with each index.
 
-    A batch: (B, 3, S, S) uint8 images and (B,) targets, or two empty lists if no image can be read; and the reasons why
+    A batch: (B, S, S, 3) uint8 images and (B,) targets, or two empty lists if no image can be read; and the reasons why
     images cannot be read, by path.
     """
 
-    def __init__(self, split: Split, transform: v2.Transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split: Split, crop: Crop):
+        self.split, self.crop = split, crop
 
     def __getitem__(self, requests: list[tuple[int, int]]) -> tuple[Any, Any, dict[bytes, str]]:
         good, damaged = [], {}
         for index, seed in requests:
             path = self.split.images[index]
             try:
-                image = read(path)
+                good.append((self.crop(path, seed).permute(1, 2, 0), int(self.split.targets[index])))
             except DamagedImage as error:
                 damaged[path] = str(error)
-                continue
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                good.append((self.transform(image), int(self.split.targets[index])))
         images, targets = default_collate(good) if good else ([], [])
         return images, targets, damaged
 
@@ -102,7 +88,7 @@ class StreamedBatches:
 
     Args:
         order: the batch sampler.
-        transform: PIL image -> (3, S, S) uint8.
+        crop: reads an image file.
         workers: processes that read images; with 0, this process does. Workers for training persist between epochs.
         skipped: collects the images that cannot be read.
         training: leave out batches with fewer than two images in a process, which BatchNorm needs.
@@ -115,7 +101,7 @@ class StreamedBatches:
         self,
         split: Split,
         order: InOrder,
-        transform: v2.Transform,
+        crop: Crop,
         normalize: Normalization,
         workers: int,
         skipped: SkippedImages,
@@ -124,7 +110,7 @@ class StreamedBatches:
         self.order, self.normalize, self.skipped, self.training = order, normalize, skipped, training
         self.batch_size, self.num_images = order.batch_size, order.num_images  # including damaged ones
         self.loader = DataLoader(
-            ImageFiles(split, transform),
+            ImageFiles(split, crop),
             sampler=order,
             batch_size=None,  # ImageFiles makes the batches
             num_workers=workers,
@@ -155,7 +141,8 @@ class StreamedBatches:
             self.skipped.add(found)
             if large_enough:
                 none_yet = False
-                yield self.normalize(images.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+                images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+                yield self.normalize(images), targets.to(device, non_blocking=True)
         if none_yet and self.training:
             needed = 2 * distributed.world_size()
             raise UserError(f"there is no batch of {needed} images that can be read: repair them")
@@ -183,8 +170,8 @@ def stream(
     """Training, validation and test batches."""
     common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
     order = Shuffled(len(dataset.train), train_batch_size, seed)
-    train = StreamedBatches(dataset.train, order, training_crop(dataset.image_size), *common, training=True)
-    center = evaluation_crop(dataset.preprocessing)
+    train = StreamedBatches(dataset.train, order, TrainingCrop(dataset.image_size), *common, training=True)
+    center = EvaluationCrop(dataset.preprocessing)
     shares = (split[share(len(split))] for split in (dataset.val, dataset.test))
     val, test = (StreamedBatches(split, InOrder(len(split), eval_batch_size), center, *common) for split in shares)
     return train, val, test

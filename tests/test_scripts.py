@@ -114,7 +114,8 @@ def test_exported_student_describes_itself(runs):
     expected = {"arch": "resnet", "model": "resnet_20_sparse", "conv": "depthwise", "groups": 4, "pruned_num": 18}
     expected |= {"num_classes": 10, "classes": [str(i) for i in range(10)], "input_size": [3, 8, 8]}
     expected["preprocessing"] = {
-        "resize": (8, 8), "crop": (8, 8), "interpolation": "bilinear", "antialias": True, "decoder": "pillow"
+        "resize": (8, 8), "crop": (8, 8), "interpolation": "bilinear", "antialias": True, "decoder": "pillow",
+        "filter": "pillow",
     }  # fmt: skip
     assert {key: meta[key] for key in expected} == expected
     assert len(meta["mean"]) == len(meta["std"]) == 3

@@ -1,0 +1,101 @@
+"""Image files as crops of one size: torchvision decodes JPEG files and scales uint8 tensors, Pillow reads the rest."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from data.images import read
+from data.sources import Preprocessing
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # announced by torchvision 0.29
+    decode_jpeg = None
+
+
+class Region(NamedTuple):
+    """A part of an image in pixels, and the smallest size (height, width) in which it may be decoded."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: tuple[int, int]
+
+    @property
+    def reduction(self) -> int:
+        """The largest factor by which a JPEG decoder can divide the sides without falling below `size`."""
+        allowed = min(self.height // self.size[0], self.width // self.size[1])
+        return next((factor for factor in (8, 4, 2) if factor <= allowed), 1)
+
+    def cut(self, pixels: Tensor, factor: int = 1) -> Tensor:
+        """The region of pixels (3, H, W), which are those of the image divided by a factor."""
+        bottom, right = -(-(self.top + self.height) // factor), -(-(self.left + self.width) // factor)
+        return pixels[:, self.top // factor : bottom, self.left // factor : right]
+
+
+class TrainingCrop:
+    """ImageNet's usual augmentation: a random crop, scaled to size x size, and a random flip."""
+
+    def __init__(self, size: int):
+        self.size, self.random_crop = (size, size), v2.RandomResizedCrop(size)
+
+    def __call__(self, path: bytes, seed: int) -> Tensor:
+        """(3, size, size) uint8; the seed alone decides on crop and flip. Raises as `data.images.read` does."""
+
+        def draw(image: Image.Image) -> Region:
+            torch.default_generator.manual_seed(seed)
+            return Region(**self.random_crop.make_params([image]), size=self.size)
+
+        with torch.random.fork_rng(devices=[]):
+            crop = F.resize(read_region(path, draw), self.size)
+            return F.horizontal_flip(crop) if torch.rand(1) < 0.5 else crop
+
+
+class EvaluationCrop:
+    """The center of an image that is scaled as `preprocessing` says."""
+
+    def __init__(self, preprocessing: Preprocessing):
+        self.preprocessing = preprocessing
+        self.interpolation = v2.InterpolationMode(preprocessing.interpolation)
+
+    def __call__(self, path: bytes, seed: int) -> Tensor:
+        """(3, H, W) uint8; the seed is not used. Raises as `data.images.read` does."""
+        resize, crop = self.preprocessing.resize, self.preprocessing.crop
+        whole = read_region(path, lambda image: Region(0, 0, image.height, image.width, resize))
+        scaled = F.resize(whole, resize[:1], self.interpolation, antialias=self.preprocessing.antialias)
+        return F.center_crop(scaled, crop)
+
+
+def read_region(path: bytes, choose: Callable[[Image.Image], Region]) -> Tensor:
+    """Read a region of an image file as RGB, (3, H, W) uint8.
+
+    A region of a JPEG file that is at least twice too large is decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Args:
+        choose: the region of an image that has not been decoded yet.
+
+    Raises: as `data.images.read` does.
+    """
+    region = None
+    with suppress(Exception), open(path, "rb") as file, warnings.catch_warnings():  # `read` finds the reason
+        warnings.simplefilter("ignore")
+        with Image.open(file) as image:
+            region, width, pixels = choose(image), image.width, image.width * image.height
+            small = region.reduction == 1 and pixels <= (Image.MAX_IMAGE_PIXELS or pixels)
+            if decode_jpeg and small and image.format in ("JPEG", "MPO"):
+                file.seek(0)
+                encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+                return region.cut(decode_jpeg(encoded, ImageReadMode.RGB))
+    if not region:
+        image = read(path)
+        return choose(image).cut(F.pil_to_tensor(image))
+    image = read(path, region.reduction)
+    return region.cut(F.pil_to_tensor(image), region.reduction if image.width < width else 1)
