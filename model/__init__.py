@@ -1,12 +1,9 @@
 """Networks by name: `NAME` is the standard one, `NAME_sparse` the same architecture with cheap convolutions.
 
 To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
-`(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order
-(model/conv.py), and returns a module with `forward_features`, `forward_head` and `num_features` as timm's have. The
-file may also define `variant_for`, for networks whose form depends on the size of the images; see the function of this
-name below.
-
-The networks of torchvision, of timm and of Python files (model/external.py) have the same names, with their `arch`.
+`(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order, and
+returns a `Network` (model/conv.py). The file may also define `variant_for`, as below, for networks whose form depends
+on the size of the images. Networks of torchvision, timm and Python files (model/external.py) are named the same way.
 """
 
 import difflib
@@ -90,12 +87,11 @@ def build(
 
     Args:
         name: as in `resnet_56` (standard; conv, groups and pruned_num do not apply) or `resnet_56_sparse`.
-        conv: the cheap convolution of a `_sparse` network, "depthwise", "group" or "shift".
-        groups: of each group convolution.
+        conv, groups: of the cheap convolutions, as the kind and groups of `CheapConv2d`.
         pruned_num: how many convolutions are cheap, counted from the output side; None for all.
-        arch: "torchvision", "timm" or a Python file, whose network `name` is; otherwise it is one of `names()`.
-        kwargs: of the architecture: `stem` and `shortcut` of ResNets, `classifier` and `hidden` of VGGs, `input_size`
-            of the networks that `arch` names; `variant_for` knows which suit what images.
+        arch: "torchvision", "timm" or a Python file that has the network; otherwise its name is one of `names()`.
+        kwargs: of the architecture, as `variant_for` gives them: `stem` and `shortcut` of ResNets, `classifier` and
+            `hidden` of VGGs, `input_size` of the networks that `arch` names.
 
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.

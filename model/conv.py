@@ -11,15 +11,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from model.shift import Padding, Pair, Shift2d, frozen_conv, pair, same_padding, shift_filters
+from model.shift import Padding, Pair, Shift2d, frozen_conv, same_padding, shift_filters
 from model.subsample import subsample_first
 from utils.errors import UserError
 
-# The windows of the stages of a default cheap convolution.
-_SHIFT = attrgetter("kernel_size", "dilation", "pad", "padding_mode")
-_PLAIN_SHIFT = (3, 3), (1, 1), (1, 1, 1, 1), "constant"
 _WINDOW = attrgetter("kernel_size", "stride", "padding", "dilation", "padding_mode")
-_PLAIN_WINDOW = (3, 3), (1, 1), (1, 1), (1, 1), "zeros"
+_PLAIN_WINDOW = (3, 3), (1, 1), (1, 1), (1, 1), "zeros"  # of the spatial stage of a default cheap convolution
 
 KINDS = ("depthwise", "group", "shift")
 
@@ -27,13 +24,28 @@ Conv = Callable[..., nn.Module]  # (in_channels, out_channels, kernel_size=3, st
 ConvPlan = Callable[[int], list[Conv]]  # number of replaceable convolutions -> one factory each, in forward order
 
 
+class Network(nn.Module):
+    """timm's protocol for networks that define `forward_features` and `num_features`; `last` names their classifier.
+
+    (B, 3, H, W) -> (B, num_classes) logits.
+    """
+
+    last = "fc"
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, num_features, H, W) -> (B, num_classes) logits."""
+        return self.get_submodule(self.last)(features.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
 class CheapConv2d(nn.Module):
     """A k x k convolution in two cheap stages: `.spatial` (in -> in, k x k), then `.pointwise` (in -> out, 1 x 1).
 
-    The stride and the bias, if there is to be one, sit on the pointwise stage; nothing stands between the two.
-    (B, in, H, W) -> (B, out, H', W'), where H' and W' are those of nn.Conv2d with the same arguments: by default
-    ceil(H / stride) and ceil(W / stride). It has nn.Conv2d's attributes in_channels, out_channels, kernel_size, stride,
-    padding and dilation.
+    The stride and the bias, if any, sit on the pointwise stage. (B, in, H, W) -> (B, out, H', W'), where H' and W' are
+    those of nn.Conv2d with the same arguments, by default ceil(H / stride) and ceil(W / stride). For code that reads
+    them, it has nn.Conv2d's attributes in_channels, out_channels, kernel_size, stride, padding and dilation.
 
     Args:
         kind: "depthwise" (one k x k filter a channel), "group" (`groups` groups) or "shift" (no weights).
@@ -66,7 +78,6 @@ class CheapConv2d(nn.Module):
             raise UserError(
                 f"groups = {groups} does not divide the {in_channels} channels of a convolution: use a divisor"
             )
-        kernel_size, stride, dilation = pair(kernel_size), pair(stride), pair(dilation)
         if padding is None:
             padding = same_padding(kernel_size, dilation)
         window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
@@ -76,10 +87,8 @@ class CheapConv2d(nn.Module):
             groups = groups if kind == "group" else in_channels
             self.spatial = nn.Conv2d(in_channels, in_channels, kernel_size, groups=groups, bias=False, **window)
         self.pointwise = subsample_first(nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias))
-        # As nn.Conv2d has them, for code that reads them of the convolution that this one replaces.
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.stride, self.dilation = stride, dilation
-        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, self.pointwise.stride
+        self.kernel_size, self.padding, self.dilation = attrgetter("kernel_size", "padding", "dilation")(self.spatial)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.spatial(x))
@@ -89,15 +98,8 @@ class CheapConv2d(nn.Module):
         """Whether it is 3 x 3 with padding 1, one stride for both axes and no bias, as by default."""
         spatial, pointwise = self._modules["spatial"], self._modules["pointwise"]  # faster than as attributes
         rows, columns = pointwise.stride
-        if rows != columns or pointwise.padding != (0, 0) or not _lacks_bias(pointwise):
-            return False
-        if type(spatial) is Shift2d:
-            return _SHIFT(spatial) == _PLAIN_SHIFT
-        return _WINDOW(spatial) == _PLAIN_WINDOW and _lacks_bias(spatial)
-
-    def spatial_filters(self) -> Tensor:
-        """The spatial stage of a plain one as 3 x 3 filters, (in, in / groups, 3, 3)."""
-        return shift_filters(self.spatial.channels) if isinstance(self.spatial, Shift2d) else self.spatial.weight
+        square = rows == columns and pointwise.padding == (0, 0) and _WINDOW(spatial) == _PLAIN_WINDOW
+        return square and _lacks_bias(pointwise) and _lacks_bias(spatial)
 
     @property
     def standard_shape(self) -> tuple[int, ...]:
@@ -108,9 +110,9 @@ class CheapConv2d(nn.Module):
     def approximate(self, weight: Tensor) -> float:
         """Take the weights whose product is nearest, in the Frobenius norm, to a standard weight (out, in, k, k).
 
-        For the n input channels of one group, the standard weight is a matrix (out, n k^2), and what this convolution
-        can express are the matrices of rank n or less: the nearest is the truncated singular value decomposition. A
-        shift can express one tap a channel, and takes that.
+        For the n input channels of one group, the standard weight is a matrix (out, n k^2), and this convolution
+        expresses the matrices of rank n or less: the nearest is the truncated singular value decomposition. A shift
+        expresses one tap a channel.
 
         Returns:
             The squared distance to the standard weight.
@@ -135,10 +137,7 @@ class CheapConv2d(nn.Module):
         return s[:, rank:].square().sum().item()
 
     def dense_weight(self) -> Tensor:
-        """The weight (out, in, k, k) of the one convolution, of the same stride, that both stages amount to.
-
-        Not for a shift, which has no weights to take part.
-        """
+        """The weight (out, in, k, k) of the one convolution that both stages amount to; not for a shift."""
         spatial, groups = self.spatial.weight.float(), self.spatial.groups
         out_channels, in_channels = self.pointwise.weight.shape[:2]
         mixing = self.pointwise.weight.reshape(out_channels, groups, -1)
@@ -149,21 +148,21 @@ class CheapConv2d(nn.Module):
     def as_convs(self, wide: int) -> nn.Module:
         """A plain one as the standard convolutions, with frozen weights, that runtimes compute fastest.
 
-        The spatial stage has the stride, and so leaves out what the pointwise stage would skip. Groups of fewer than
-        `wide` channels are merged with their neighbors, with zeros for what did not connect them; if that takes all
-        channels, both stages become the one dense convolution that they amount to. A shift is a depthwise convolution.
+        The spatial stage has the stride, and so computes no pixels that the pointwise stage skips. Groups of fewer than
+        `wide` channels are merged; if that takes all channels, both stages become one dense convolution. A shift is a
+        depthwise convolution.
         """
-        filters = self.spatial_filters().detach()
+        is_shift = isinstance(self.spatial, Shift2d)
+        filters = shift_filters(self.spatial.channels) if is_shift else self.spatial.weight.detach()
         (channels, group, *kernel), groups = filters.shape, len(filters) // filters.shape[1]
         if 1 < group < wide:
             merged = next((n for n in range(1, groups) if groups % n == 0 and n * group >= wide), groups)
             if merged == groups:
                 return frozen_conv(self.dense_weight(), stride=self.stride, padding=1)
-            narrow = filters.reshape(groups // merged, merged, group, group, *kernel)
-            blocks = narrow.new_zeros(groups // merged, merged, group, merged, group, *kernel)
-            for i in range(merged):  # each of the groups that are one now still sees its own channels alone
-                blocks[:, i, :, i] = narrow[:, i]
-            filters, groups = blocks.reshape(channels, -1, *kernel), groups // merged
+            groups //= merged
+            narrow = filters.reshape(groups, merged, group, group, *kernel)
+            blocks = torch.einsum("gmoiyx,mn->gmoniyx", narrow, torch.eye(merged))  # each sees its own channels alone
+            filters = blocks.reshape(channels, -1, *kernel)
         spatial = frozen_conv(filters.clone(), stride=self.stride, padding=1, groups=groups)
         return nn.Sequential(spatial, frozen_conv(self.pointwise.weight))
 
@@ -172,11 +171,9 @@ def _lacks_bias(conv: nn.Conv2d) -> bool:
     return conv._parameters.get("bias", conv) is None  # `conv.bias` is slow where it is None
 
 
-def standard_conv(
-    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, groups: int = 1
-) -> nn.Conv2d:
+def standard_conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
     """The convolution that the cheap ones replace: k x k, padding k // 2, no bias."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 def standard_convs(count: int) -> list[Conv]:
@@ -185,9 +182,7 @@ def standard_convs(count: int) -> list[Conv]:
 
 
 def cheap_convs(count: int, kind: str, groups: int, pruned_num: int | None) -> list[Conv]:
-    """The plan of a student: the last `pruned_num` of its `count` replaceable convolutions (None: all) are cheap.
-
-    They are counted from the output side backwards, where the parameters are.
+    """The plan of a student: the last `pruned_num` of its `count` replaceable convolutions are cheap (None: all).
 
     Raises:
         UserError (a ValueError): pruned_num outside 0 .. count.
@@ -197,16 +192,10 @@ def cheap_convs(count: int, kind: str, groups: int, pruned_num: int | None) -> l
 
 
 def number_to_prune(count: int, pruned_num: int | None) -> int:
-    """How many of `count` replaceable convolutions to replace, for a pruned_num that may be None: all.
-
-    Raises:
-        UserError (a ValueError): pruned_num outside 0 .. count.
-    """
-    if pruned_num is None:
-        return count
-    if not 0 <= pruned_num <= count:
+    """The number of `count` replaceable convolutions to replace; raises as `cheap_convs` does."""
+    if pruned_num is not None and not 0 <= pruned_num <= count:
         raise UserError(f"pruned_num = {pruned_num} is out of range: this network has {count} replaceable convolutions")
-    return pruned_num
+    return count if pruned_num is None else pruned_num
 
 
 def count_cheap(network: nn.Module) -> int:

@@ -11,8 +11,7 @@ def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_
     """Replace standard k x k convolutions of a network by cheap ones with the same output shape, in place.
 
     Replaces every nn.Conv2d (no subclasses) with k > 1 and groups = 1, except the first convolution, the one on the
-    image. The cheap ones have the same stride, padding, dilation and bias, and are freshly initialized, with the device
-    and dtype of the old weights. Everything else keeps its weights.
+    image. The cheap ones are freshly initialized; everything else keeps its weights.
 
     Args:
         kind, groups: as in CheapConv2d.
@@ -42,18 +41,9 @@ def replaceable_convs(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def _cheap(conv: nn.Conv2d, kind: str, groups: int) -> CheapConv2d:
-    cheap = CheapConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        kind,
-        groups,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        padding_mode=conv.padding_mode,
-        bias=conv.bias is not None,
-    )
+    shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
+    window = {"padding": conv.padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
+    cheap = CheapConv2d(*shape, kind, groups, bias=conv.bias is not None, **window)
     initialize(cheap)
     return cheap.to(conv.weight).train(conv.training)
 

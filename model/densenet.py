@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
 from model.fused import norm_relu
 
 GROWTH = 12
@@ -36,7 +36,7 @@ class Transition(nn.Module):
         return F.avg_pool2d(self.conv1(norm_relu(self.bn1, x)), 2, ceil_mode=True)
 
 
-class DenseNet(nn.Module):
+class DenseNet(Network):
     """DenseNet of `3 * layers + 4` layers for small images. (B, 3, H, W) -> (B, num_classes) logits.
 
     Args:
@@ -46,15 +46,16 @@ class DenseNet(nn.Module):
 
     def __init__(self, layers: int, num_classes: int = 10, convs: ConvPlan = standard_convs):
         super().__init__()
-        plan = convs(3 * layers)
-        channels = [2 * GROWTH + i * layers * GROWTH for i in range(4)]  # of the stem, and after each dense block
-        self.num_features = channels[-1]
-        self.conv1 = standard_conv(3, channels[0])
-        self.dense1 = _dense_block(channels[0], plan[:layers])
-        self.trans1 = Transition(channels[1])
-        self.dense2 = _dense_block(channels[1], plan[layers : 2 * layers])
-        self.trans2 = Transition(channels[2])
-        self.dense3 = _dense_block(channels[2], plan[2 * layers :])
+        plan = iter(convs(3 * layers))
+        channels = 2 * GROWTH
+        self.conv1 = standard_conv(3, channels)
+        for block in (1, 2, 3):
+            dense = nn.Sequential(*(DenseLayer(channels + i * GROWTH, next(plan)) for i in range(layers)))
+            self.add_module(f"dense{block}", dense)
+            channels += layers * GROWTH
+            if block < 3:
+                self.add_module(f"trans{block}", Transition(channels))
+        self.num_features = channels
         self.bn = nn.BatchNorm2d(self.num_features)
         self.fc = nn.Linear(self.num_features, num_classes)
         initialize(self)
@@ -64,17 +65,6 @@ class DenseNet(nn.Module):
         x = self.trans1(self.dense1(self.conv1(x)))
         x = self.dense3(self.trans2(self.dense2(x)))
         return norm_relu(self.bn, x)
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """(B, num_features, H, W) -> (B, num_classes) logits."""
-        return self.fc(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _dense_block(in_channels: int, convs: list[Conv]) -> nn.Sequential:
-    return nn.Sequential(*(DenseLayer(in_channels + i * GROWTH, conv) for i, conv in enumerate(convs)))
 
 
 NETWORKS = {"densenet_40": partial(DenseNet, (40 - 4) // 3)}  # checkpoints of GAL are under these very keys

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
 from model.fused import FusedSequential
 
 # Channels of each inception: 1 x 1; reduction and 3 x 3; reduction and the pair of 3 x 3; projection after the pool.
@@ -58,12 +58,14 @@ def _pointwise(in_channels: int, channels: int) -> list[nn.Module]:
     return _unit(standard_conv(in_channels, channels, 1), channels)
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Network):
     """GoogLeNet for small images. (B, 3, H, W) -> (B, num_classes) logits.
 
     Args:
         convs: plan of the 3 x 3 convolutions of the inceptions.
     """
+
+    last = "linear"
 
     def __init__(self, num_classes: int = 10, convs: ConvPlan = standard_convs):
         super().__init__()
@@ -84,13 +86,6 @@ class GoogLeNet(nn.Module):
                 x = F.max_pool2d(x, 3, stride=2, padding=1)
             x = self.get_submodule(name)(x)
         return x
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """(B, num_features, H, W) -> (B, num_classes) logits."""
-        return self.linear(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 NETWORKS = {"googlenet": GoogLeNet}

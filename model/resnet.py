@@ -7,12 +7,11 @@ from itertools import islice
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, initialize, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
 from utils.errors import UserError
 
 STEMS = ("cifar", "imagenet")
-SHORTCUTS = ("A", "B")
 
 
 class PaddingShortcut(nn.Module):
@@ -28,21 +27,27 @@ class PaddingShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
-def projection_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+class ProjectionShortcut(nn.Sequential):
     """Option B: a 1 x 1 convolution and BatchNorm."""
-    return nn.Sequential(standard_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__(standard_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+SHORTCUTS = {"A": PaddingShortcut, "B": ProjectionShortcut}
 
 
 class StandardBlock(nn.Module):
     """conv - BN - ReLU - conv - BN, plus the shortcut, then ReLU. The stride sits on the first convolution."""
 
-    replaceable, expansion = 2, 1
+    replaceable, expansion, strided = 2, 1, "conv1"
 
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: nn.Module, conv1: Conv, conv2: Conv):
         super().__init__()
-        self.conv1 = conv1(in_channels, channels, stride=stride)
+        strides = {"conv1": 1, "conv2": 1, self.strided: stride}
+        self.conv1 = conv1(in_channels, channels, stride=strides["conv1"])
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv2(channels, channels)
+        self.conv2 = conv2(channels, channels, stride=strides["conv2"])
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = shortcut
 
@@ -51,18 +56,10 @@ class StandardBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class StudentBlock(nn.Module):
+class StudentBlock(StandardBlock):
     """conv - BN - ReLU - conv - BN - ReLU, plus the shortcut, and no ReLU after. The stride sits on the second."""
 
-    replaceable, expansion = 2, 1
-
-    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: nn.Module, conv1: Conv, conv2: Conv):
-        super().__init__()
-        self.conv1 = conv1(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv2(channels, channels, stride=stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = shortcut
+    strided = "conv2"
 
     def forward(self, x: Tensor) -> Tensor:
         out, x = conv_norm_relu_and_input(self.conv1, self.bn1, x)
@@ -94,7 +91,7 @@ class BottleneckBlock(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A stem and stages of residual blocks, each half as large and twice as wide. (B, 3, H, W) -> (B, num_classes).
 
     Args:
@@ -136,7 +133,9 @@ class ResNet(nn.Module):
                 factories = list(islice(plan, block.replaceable))
                 form = block if all(conv is standard_conv for conv in factories) else cheap_block
                 channels, stride = width * 2**i, 2 if i > 0 and j == 0 else 1
-                skip = _shortcut(self.num_features, channels * form.expansion, stride, shortcut)
+                shape = self.num_features, channels * form.expansion, stride
+                reshapes = stride > 1 or shape[0] != shape[1]
+                skip = SHORTCUTS[shortcut](*shape) if reshapes else nn.Sequential()
                 stage.append(form(self.num_features, channels, stride, skip, *factories))
                 self.num_features = channels * form.expansion
             self.add_module(name, stage)
@@ -152,19 +151,6 @@ class ResNet(nn.Module):
         for name in self.stages:
             x = getattr(self, name)(x)
         return x
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """(B, num_features, H, W) -> (B, num_classes) logits."""
-        return self.fc(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _shortcut(in_channels: int, out_channels: int, stride: int, option: str) -> nn.Module:
-    if stride == 1 and in_channels == out_channels:
-        return nn.Sequential()
-    return (PaddingShortcut if option == "A" else projection_shortcut)(in_channels, out_channels, stride)
 
 
 # The student's own form of a block is that of arXiv 1909.13063, for these networks.

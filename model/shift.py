@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from utils.errors import UserError
 
@@ -59,13 +60,14 @@ class Shift2d(nn.Module):
     c < k^2 * floor(C / k^2); the remaining channels stay where they are (Wu et al., arXiv 1711.08141, as released
     with arXiv 1909.13063). (B, C, H, W) in NCHW or channels_last.
 
-    It is a depthwise convolution with a single 1 in each filter, and takes what nn.Conv2d takes: a kernel_size
-    (k_y, k_x), a padding, a dilation that multiplies the offsets, and a padding_mode; the output has the size that the
-    convolution's has. By default that is the input's.
+    It is a depthwise convolution with a single 1 in each filter and has its arguments and attributes: a kernel_size
+    (k_y, k_x), a padding (by default one that keeps the size), a dilation that multiplies the offsets, a padding_mode.
 
     Raises:
         UserError (a ValueError): an even kernel, which has no center, without a padding.
     """
+
+    stride = (1, 1)
 
     def __init__(
         self,
@@ -76,37 +78,35 @@ class Shift2d(nn.Module):
         padding_mode: str = "zeros",
     ):
         super().__init__()
-        self.channels, self.kernel_size, self.dilation = channels, pair(kernel_size), pair(dilation)
         if padding is None:
-            padding = same_padding(self.kernel_size, self.dilation)
-        reach = [step * (size - 1) for size, step in zip(self.kernel_size, self.dilation, strict=True)]
-        center = [step * (size // 2) for size, step in zip(self.kernel_size, self.dilation, strict=True)]
-        before = [total // 2 for total in reach] if padding == "same" else pair(0 if padding == "valid" else padding)
-        after = [total - first for total, first in zip(reach, before, strict=True)] if padding == "same" else before
-        self.pad = (before[1], after[1], before[0], after[0])  # in the order of F.pad
-        self.crop = (center[1], reach[1] - center[1], center[0], reach[0] - center[0])
-        self.padding_mode = "constant" if padding_mode == "zeros" else padding_mode
+            padding = same_padding(kernel_size, dilation)
+        window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        conv = nn.Conv2d(channels, channels, kernel_size, groups=channels, bias=False, device="meta", **window)
+        self.channels, self.kernel_size, self.dilation = channels, conv.kernel_size, conv.dilation
+        self.padding, self.padding_mode = conv.padding, padding_mode
+        self.register_parameter("bias", None)
+        self.pad = tuple(conv._reversed_padding_repeated_twice)  # in the order of F.pad, as the next one
+        (rows, columns), (high, wide) = self.kernel_size, self.dilation
+        self.crop = (
+            *(wide * (columns // 2), wide * ((columns - 1) // 2)),
+            *(high * (rows // 2), high * ((rows - 1) // 2)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pad == self.crop and self.padding_mode == "constant":  # what pads is cut off again
+        if self.pad == self.crop and self.padding_mode == "zeros":  # what pads is cut off again
             usual = self.kernel_size == (3, 3) and self.dilation == (1, 1)
             if usual and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and not x.is_contiguous():
                 # In channels_last, strided channels are far apart in memory, and PyTorch's convolution is faster.
                 return F.conv2d(x, shift_filters(self.channels).to(x.dtype), padding=1, groups=self.channels)
             return _Shift.apply(x, self.kernel_size, self.dilation)
-        x = F.pad(x, self.pad, self.padding_mode)
+        x = F.pad(x, self.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         return F.pad(_Shift.apply(x, self.kernel_size, self.dilation), [-side for side in self.crop])
 
     def as_conv(self) -> nn.Conv2d:
         """The depthwise convolution, with frozen weights, that computes the same of finite numbers."""
-        left, right, top, bottom = self.pad
-        return frozen_conv(
-            shift_filters(self.channels, self.kernel_size).clone(),
-            padding=(top, left) if (top, left) == (bottom, right) else "same",
-            groups=self.channels,
-            dilation=self.dilation,
-            padding_mode="zeros" if self.padding_mode == "constant" else self.padding_mode,
-        )
+        filters = shift_filters(self.channels, self.kernel_size).clone()
+        window = {"padding": self.padding, "dilation": self.dilation, "padding_mode": self.padding_mode}
+        return frozen_conv(filters, groups=self.channels, **window)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"
@@ -130,12 +130,9 @@ def frozen_conv(weight: Tensor, groups: int = 1, **window: Any) -> nn.Conv2d:
     return conv
 
 
-def pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def same_padding(kernel_size: Pair, dilation: Pair) -> Pair:
+def same_padding(kernel_size: int | Pair, dilation: int | Pair) -> Pair:
     """The padding with which an odd kernel keeps the size of a map."""
-    if not all(size % 2 for size in kernel_size):
-        raise UserError(f"kernel size {kernel_size} has no center: use an odd kernel size, or give a padding")
-    return tuple(step * (size // 2) for size, step in zip(kernel_size, dilation, strict=True))
+    sizes, steps = _pair(kernel_size), _pair(dilation)
+    if not all(size % 2 for size in sizes):
+        raise UserError(f"kernel size {sizes} has no center: use an odd kernel size, or give a padding")
+    return tuple(step * (size // 2) for size, step in zip(sizes, steps, strict=True))

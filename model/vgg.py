@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.conv import ConvPlan, initialize, standard_conv, standard_convs
+from model.conv import ConvPlan, Network, initialize, standard_conv, standard_convs
 from model.fused import FusedSequential
 from utils.errors import UserError
 
@@ -15,7 +15,7 @@ DEPTHS = {"vgg_16_bn": (2, 2, 3, 3, 3), "vgg_19_bn": (2, 2, 4, 4, 4)}
 CLASSIFIERS = ("linear", "mlp", "norm")
 
 
-class VGG(nn.Module):
+class VGG(Network):
     """Five stages of 3 x 3 convolutions, each with BatchNorm and ReLU, a max pool after every stage.
 
     (B, 3, H, W) -> (B, num_classes) logits.
@@ -28,7 +28,7 @@ class VGG(nn.Module):
         hidden: units of the hidden layers.
     """
 
-    num_features = WIDTHS[-1]
+    num_features, last = WIDTHS[-1], "classifier"
 
     def __init__(
         self,
@@ -55,13 +55,6 @@ class VGG(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 32), ceil(W / 32)); of 16ths for "norm"."""
         return self.features(x)
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """(B, num_features, H, W) -> (B, num_classes) logits."""
-        return self.classifier(features.mean((2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _classifier(kind: str, in_features: int, hidden: int, num_classes: int) -> nn.Module:

@@ -30,10 +30,7 @@ class Latency(NamedTuple):
 
 
 def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
-    """Cost of `model` on one image of `input_size` (C, H, W), or (B, C, H, W) with any B.
-
-    The model is not changed: a copy runs on the meta device.
-    """
+    """Cost of `model` on one image of `input_size` (C, H, W), or (B, C, H, W) with any B."""
     with FlopCounterMode(display=False) as counter:
         _forward(model, input_size)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
@@ -54,7 +51,7 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
 
 
 def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """Output for one image, computed on the meta device, in channels_last as in training."""
+    """Output for one image, computed by a copy on the meta device, in channels_last as in training."""
     shadow = copy.deepcopy(model).to("meta", memory_format=torch.channels_last).eval()
     image = torch.empty(1, *input_size[-3:], device="meta").to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -62,10 +59,7 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 
 def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Callable[[], Tensor]:
-    """A call of the network on images (B, C, H, W), for `latency`; moves both to the device, in channels_last.
-
-    The network goes into eval mode.
-    """
+    """A call of the network on images (B, C, H, W), for `latency`, both moved to the device; sets eval mode."""
     network = network.to(device, memory_format=torch.channels_last).eval()
     return partial(network, images.to(device, memory_format=torch.channels_last))
 
@@ -89,17 +83,15 @@ def time_in_turn(
     """
     synchronize = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
     times = [[] for _ in calls]
-    for _ in range(warm_up):
-        for call in calls:
-            call()
-    synchronize()
-    deadline = time.perf_counter() + limit
-    for i in range(rounds if calls else 0):
-        if i >= 5 and time.perf_counter() >= deadline:
+    deadline = math.inf
+    for i in range(warm_up + rounds if calls else 0):
+        if i == warm_up:
+            deadline = time.perf_counter() + limit
+        if i >= warm_up + 5 and time.perf_counter() >= deadline:
             break
         for call, taken in zip(calls, times, strict=True):
             started = time.perf_counter()
             call()
             synchronize()
             taken.append(time.perf_counter() - started)
-    return times
+    return [taken[warm_up:] for taken in times]

@@ -59,16 +59,9 @@ class Agreement(NamedTuple):
         return self.differing == 0 and self.difference <= TOLERANCE
 
     def __str__(self) -> str:
-        found = f"another class than PyTorch for {self.differing:,}"
-        if not self.differing:
-            found = "the class that PyTorch finds for each"
-        return (
-            f"ONNX Runtime finds {found} of {self.images:,} test images, and logits that differ by at most "
-            f"{self.difference:.1e}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        return self._asdict() | {"difference": None if math.isnan(self.difference) else self.difference}
+        some, all_ = f"another class than PyTorch for {self.differing:,}", "the class that PyTorch finds for each"
+        found = f"{some if self.differing else all_} of {self.images:,} test images"
+        return f"ONNX Runtime finds {found}, and logits that differ by at most {self.difference:.1e}"
 
 
 @dataclass
@@ -90,18 +83,20 @@ class Deployment:
         return [*files, *self.notes(), *self.doubts()]
 
     def notes(self) -> list[str]:
-        """Notes for the report on an ONNX file that agrees."""
+        """For the report, on an ONNX file that agrees."""
         return [f"{self.agreement}."] if self.agreement and self.agreement.holds else []
 
     def doubts(self) -> list[str]:
-        """Notes for the report on failures and on an ONNX file that does not agree."""
+        """For the report, on failures and on an ONNX file that does not agree."""
         failed = [f"Failed: {failure}." for failure in self.failures]
         if self.agreement and not self.agreement.holds:
             failed.append(f"Look into the ONNX file before relying on it: {self.agreement}.")
         return failed
 
     def as_json(self) -> dict[str, Any]:
-        agreement = self.agreement and self.agreement.as_json()
+        agreement = self.agreement and self.agreement._asdict()
+        if agreement and math.isnan(self.agreement.difference):
+            agreement["difference"] = None
         return {"files": [path.name for path in self.files], "agreement": agreement, "failures": self.failures}
 
 
@@ -125,27 +120,29 @@ def write(
         meta: metadata of the network, as `checkpoint.load_student` returns them.
     """
     written = Deployment()
-    try:
-        graph = fold(network, meta) if formats else None
-    except Exception as error:  # the network may be the user's own and fail in any way
-        written.failures.append(f"not exported as {', '.join(formats)}: {first_line(error)}")
-        return written
-    for form in formats:
-        path = deployed(exported, form)
+
+    @contextmanager
+    def noting(failure: str) -> Iterator[None]:
         try:
+            yield
+        except Exception as error:  # the network may be the user's own and fail in any way
+            written.failures.append(f"{failure}: {first_line(error)}")
+
+    graph = None
+    with noting(f"not exported as {', '.join(formats)}"):
+        graph = fold(network, meta) if formats else None
+    for form in formats if graph else ():
+        path = deployed(exported, form)
+        with noting(f"not exported as {form}"):
             content = WRITERS[form](graph, meta)
             with atomic_write(path) as file:
                 file.write(content)
-        except Exception as error:
-            written.failures.append(f"not exported as {form}: {first_line(error)}")
-            continue
-        written.files.append(path)
-        if form == "onnx":
-            written.onnx = content
-            try:
-                written.agreement = compare(session(content), network, meta, test)
-            except Exception as error:
-                written.failures.append(f"{path.name} does not run: {first_line(error)}")
+            written.files.append(path)
+            if form == "onnx":
+                written.onnx = content
+    if written.onnx:
+        with noting(f"{deployed(exported, 'onnx').name} does not run"):
+            written.agreement = compare(session(written.onnx), network, meta, test)
     return written
 
 
@@ -282,17 +279,15 @@ def _fold_norms(graph: fx.GraphModule) -> None:
     """Fold every BatchNorm into the convolution before it, unless something else uses that convolution's output."""
     norms = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default)
     for i, norm in enumerate(norms):
-        conv, (scale, shift, mean, var), training, eps = norm.args[0], norm.args[1:5], norm.args[5], norm.args[7]
+        conv, scale, shift, mean, var, training, _, eps, _ = norm.args
         if conv.target not in _CONVOLUTIONS or len(conv.users) > 1 or training:
             continue
         images, weight, bias, *window = (*conv.args, None)[:3] + conv.args[3:]
         nodes = (weight, bias, mean, var, scale, shift)
         if any(node is not None and node.op != "get_attr" for node in nodes):  # computed by the network itself
             continue
-        weight, bias, mean, var, scale, shift = (
-            None if node is None else operator.attrgetter(node.target)(graph) for node in nodes
-        )
-        folded = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift)
+        weight, bias, mean, var, *affine = (node and operator.attrgetter(node.target)(graph) for node in nodes)
+        folded = fuse_conv_bn_weights(weight, bias, mean, var, eps, *affine)
         for kind, value in zip(("weight", "bias"), folded, strict=True):
             graph.register_buffer(f"folded_{i}_{kind}", value.detach())
         with graph.graph.inserting_before(conv):
