@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from utils.device import Execution, apply_execution, cores
+from utils.device import Execution, apply_execution, contention, cores
 
+SET_AFFINITY, GET_AFFINITY = (getattr(os, f"sched_{name}affinity", None) for name in ("set", "get"))
 CPU, V2 = "sys/fs/cgroup/cpu", "sys/fs/cgroup"
 
 
@@ -62,3 +63,24 @@ def test_threads_follow_the_cores_unless_a_number_was_set(monkeypatch):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(SET_AFFINITY is None, reason="Linux only")
+def test_threads_that_do_not_get_the_time_of_their_cores_are_named(monkeypatch):
+    """Two threads on one core."""
+    before, allowed = torch.get_num_threads(), GET_AFFINITY(0)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    device = torch.device("cpu")
+    try:
+        torch.set_num_threads(2)
+        torch.zeros(2**16).add_(1)  # starts them
+        for thread in os.listdir("/proc/self/task"):
+            SET_AFFINITY(int(thread), {min(allowed)})
+        (line,) = contention(device)
+        assert "OMP_NUM_THREADS=1" in line
+        torch.set_num_threads(1)
+        assert contention(device) == []
+    finally:
+        torch.set_num_threads(before)
+        for thread in os.listdir("/proc/self/task"):
+            SET_AFFINITY(int(thread), allowed)

@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from model import fused
 from utils import distributed
 from utils.errors import UserError
 
+SHARED = 0.7  # share of the cores' time below which other processes use them, too
 # The ways to run a training step.
 PLAIN, KERNELS, GRAPH, COMPILED = "PyTorch's operators", "fused kernels", "a CUDA graph", "a compiled CUDA graph"
 
@@ -112,6 +114,29 @@ def apply_execution(execution: Execution) -> None:
         _keep_freed_memory()
     else:
         fused.disable()
+
+
+def contention(device: torch.device, seconds: float = 0.1) -> list[str]:
+    """A line for the log if other processes use the cores of this process's threads.
+
+    OpenMP's threads wait actively for each other. On free cores that is fastest (OMP_WAIT_POLICY=passive took 2 to 3
+    times as long); on shared ones, a training step took 2 to 8 times as long with two threads as with one.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return []
+    values = torch.zeros(2**16)
+    values.add_(1)  # starts the threads
+    wall, cpu = time.perf_counter(), time.process_time()
+    while (waited := time.perf_counter() - wall) < seconds:
+        values.add_(1)
+    share = (time.process_time() - cpu) / (waited * threads)
+    if share > SHARED:
+        return []
+    return [
+        f"other processes use the CPU: the {threads} threads of this one got {share:.0%} of the time of as many cores; "
+        "OMP_NUM_THREADS=1 is probably faster"
+    ]
 
 
 def _keep_freed_memory() -> None:

@@ -17,7 +17,16 @@ from utils import distributed, export
 from utils.checkpoint import Meta
 from utils.config import Config
 from utils.cost import check_fits
-from utils.device import Execution, apply_execution, cores, describe, pick_device, pick_execution, pick_precision
+from utils.device import (
+    Execution,
+    apply_execution,
+    contention,
+    cores,
+    describe,
+    pick_device,
+    pick_execution,
+    pick_precision,
+)
 from utils.engine import Trainer
 from utils.errors import UserError, exit_with, guard
 from utils.interruption import interruption
@@ -96,6 +105,7 @@ class Run:
         if self.resumed:
             trainer.resume(self.resumed, meta, config.force)
         lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.repetitions()]
+        lines += contention(self.device)
         if config.resume:
             lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint yet: starting anew")
         if self.teacher:
