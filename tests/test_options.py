@@ -1,6 +1,7 @@
 """Flags and other input that cannot be right: one line, code 2, nothing written."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,27 @@ def test_choices_are_those_of_the_code():
     choices = {action.dest: action.choices for action in options.build_parser("main")._actions if action.choices}
     assert tuple(choices["conv"]) == KINDS
     assert tuple(choices["kl_reduction"]) == REDUCTIONS
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("main", "--conv group --groups 2 --lr_decay_step 3 4 --sync_bn --export onnx pt2 --job_dir 'a $b `c`'"),
+        ("main", "--pretrain --dataset folder --data_dir 'my photos' --resume --job_dir=-x"),
+        ("main", "--method dml --num_epochs 5 --reset --teacher_norm=0,0,0/1,1,1 --teacher_dir x.pt"),
+        ("finetune", "--refine 'a b.pt' --pruned --teacher_dir x.pt --lr 1e-5 --job_dir y"),
+    ],
+)
+def test_the_command_of_a_configuration_gives_the_same_configuration(script, flags):
+    config = options.parse(script, shlex.split(flags))
+    command, defaults = options.command(config)
+    python, file, *words = shlex.split(command)
+    assert (python, file) == ("python", f"{script}.py")
+    assert not {"--resume", "--reset"} & set(words)
+    again = options.parse(script, words)
+    assert again.recorded() == config.recorded()
+    assert (again.export, again.typed) == (config.export, config.typed - {"resume", "reset"})
+    assert "--momentum 0.9" in defaults
 
 
 def test_student_follows_the_standard_network():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -129,6 +130,9 @@ def test_missing_classes_are_named_and_test_images_that_were_trained_on_counted(
     (repeated,) = [note for note in notes if "training images are pixel by pixel in the test set, too" in note]
     assert re.match(r"[4-6] of 16 ", repeated)  # of 6 dogs, as validation leaves them
     assert repeated in (tree / "job" / "logger.log").read_text()
+    (command,) = re.findall("^```sh\npython main.py (.*)\n```$", text, re.MULTILINE)
+    recorded = options.parse("main", shlex.split(command)).recorded()
+    assert recorded == json.loads((tree / "job" / "config.json").read_text()) | {"arch": None, "pruned_num": None}
 
 
 @pytest.mark.slow

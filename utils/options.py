@@ -6,6 +6,7 @@ Imports no torch, so that `--help` and a wrong flag answer at once.
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, replace
@@ -278,7 +279,31 @@ def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def as_typed(name: str, value: Any) -> str:
     """For messages: "with --lr_decay_step 150 225", "without --sync_bn"."""
-    if value is None or value is False:
-        return f"without --{name}"
-    values = [] if value is True else value if isinstance(value, list) else [value]
-    return " ".join([f"with --{name}", *map(str, values)])
+    return f"without --{name}" if value is None or value is False else f"with {shlex.join(_words(name, value))}"
+
+
+def command(config: Config) -> tuple[str, str]:
+    """The command line that starts a run with this configuration, and the flags that it leaves at their defaults.
+
+    The command has the flags that were typed, except --resume and --reset; --job_dir is the last, easy to replace.
+    """
+    recorded = config.recorded()
+    typed, defaults = [], []
+    for field in sorted(flags(), key=lambda field: field.name == "job_dir"):
+        name = flag_name(field.name)
+        value = recorded.get(name, getattr(config, field.name))
+        if not is_open(value) and field.name not in ("resume", "reset"):
+            (typed if field.name in config.typed else defaults).extend(_words(name, value))
+    launcher = ["python"]
+    if "GROUP_WORLD_SIZE" in os.environ:  # torchrun started it
+        machines, processes = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        launcher = ["torchrun", f"--nnodes={machines}", f"--nproc_per_node={processes}"]
+    return shlex.join([*launcher, "finetune.py" if config.refine else "main.py", *typed]), shlex.join(defaults)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A flag and its value as words of a command line."""
+    if value is True:
+        return [f"--{name}"]
+    words = list(map(str, value if isinstance(value, list | tuple) else [value]))
+    return [f"--{name}={words[0]}"] if words[0].startswith("-") else [f"--{name}", *words]

@@ -1,7 +1,6 @@
 """The results of a run: the exported network, report.md, report.json and the table that is printed last."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from torch import nn
 
 from data.sources import DataSet
 from model.online import Ensemble
-from utils import checkpoint, export, tables
+from utils import checkpoint, export, options, tables
 from utils.checkpoint import EnsembleMeta, Meta
 from utils.cost import forward_pass, latency
 from utils.device import describe
@@ -70,15 +69,17 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
         cheap = f" ({config.conv})" if config.pruned_num else ""
         sentence = tables.verdict(rows, f"{config.teacher_model} -> {config.student_model}{cheap}")
     classes = by_class(results.confusion, dataset.classes)
-    environment = trainer.environment | {"device": describe(run.device), "command": sys.argv}
+    command, defaults = options.command(config)
+    environment = trainer.environment | {"device": describe(run.device), "command": command}
     if deployment.onnx:
         environment["onnxruntime"] = export.runtime_version()
     notes = _notes(run, trainer, rows, deployment, environment, meta.start)
-    stated = {name: value for name, value in meta.config.items() if value is not None and value is not False}
     overview, measured = tables.overview(rows, "validation", "test"), tables.measurements(rows)
     parts = [[f"# {job.export.name}"], [sentence] if sentence else []]
     parts += map(tables.markdown, (overview, measured, tables.classes(classes)))
-    parts += [[f"- {note}" for note in (*notes, " ".join(f"`--{name} {value}`" for name, value in stated.items()))]]
+    parts += [[f"- {note}" for note in notes]]
+    parts += [["To train it again, give another `--job_dir` or add `--reset`:", "", "```sh", command, "```"]]
+    parts += [[f"The other flags had these values: `{defaults}`"]]
     with atomic_write(job.report, "w") as file:
         file.write("\n".join(line for part in parts if part for line in (*part, "")))
     content = {
