@@ -23,6 +23,7 @@ from torch import nn
 
 from model import architecture_of, build, check_architecture, check_teacher, variant_for
 from model.conv import count_cheap
+from model.convert import RULE, remarks
 from model.online import Students
 from model.weights import load_weights
 from utils import checkpoint, report
@@ -45,10 +46,10 @@ def main(config: Config) -> None:
     run = prepare(config, [config.teacher_dir])
     torch.manual_seed(config.seed)
     learner = run.learner(build_networks(run))
-    start, notes = "from random weights", []
+    start, notes = "from random weights", remarks(learner.students[0])
     if config.init == "teacher":
         start = start_from(run.teacher, learner.students)
-        notes = [f"students start {start}"]
+        notes.append(f"students start {start}")
     trainer, meta = run.trainer(learner), describe_run(run, learner, start)
     run.train(trainer, meta, notes)
 
@@ -96,6 +97,7 @@ def describe_run(run: Run, learner: Students, start: str) -> Meta:
         groups=config.groups,
         pruned_num=config.pruned_num,
         build=learner.students[0].variant,
+        rule=RULE,
         start=start,
         **run.dataset.meta,
         inputs=Inputs.of(run.dataset, config.data_dir, run.teacher),

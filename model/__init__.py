@@ -17,6 +17,7 @@ from torch import nn
 
 from model import external
 from model.conv import cheap_convs, standard_convs
+from model.convert import RULE
 from model.subsample import subsample_first
 from utils.errors import UserError
 
@@ -81,6 +82,7 @@ def build(
     groups: int = 4,
     pruned_num: int | None = None,
     arch: str | None = None,
+    rule: int = RULE,
     **kwargs,
 ) -> nn.Module:
     """A freshly initialized network.
@@ -89,6 +91,7 @@ def build(
         name: as in `resnet_56` (standard; conv, groups and pruned_num do not apply) or `resnet_56_sparse`.
         conv, groups: of the cheap convolutions, as the kind and groups of `CheapConv2d`.
         pruned_num: how many convolutions are cheap, counted from the output side; None for all.
+        rule: of the convolutions that pruned_num counts in the networks of `arch`, as in `model.convert.cheapen`.
         arch: "torchvision", "timm" or a Python file that has the network; otherwise its name is one of `names()`.
         kwargs: of the architecture, as `variant_for` gives them: `stem` and `shortcut` of ResNets, `classifier` and
             `hidden` of VGGs, `input_size` of the networks that `arch` names.
@@ -102,7 +105,7 @@ def build(
         plan = partial(cheap_convs, kind=conv, **cheap) if is_sparse(name) else standard_convs
         network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
     elif is_sparse(name):
-        network = external.student(arch, standard, num_classes, conv, **cheap, **kwargs)
+        network = external.student(arch, standard, num_classes, conv, **cheap, rule=rule, **kwargs)
     else:
         network = external.standard(arch, name, num_classes, **kwargs)
     subsample_first(network)

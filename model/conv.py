@@ -10,8 +10,9 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
-from model.shift import Padding, Pair, Shift2d, frozen_conv, same_padding, shift_filters
+from model.shift import Padding, Pair, Shift2d, frozen_conv, pad_same, same_padding, shift_filters
 from model.subsample import subsample_first
 from utils.errors import UserError
 
@@ -50,7 +51,7 @@ class CheapConv2d(nn.Module):
     Args:
         kind: "depthwise" (one k x k filter a channel), "group" (`groups` groups) or "shift" (no weights).
         groups: of the spatial stage, for "group" alone.
-        padding: k // 2 by default.
+        padding: k // 2 by default. "same" with a stride, which nn.Conv2d refuses, pads as TensorFlow (`pad_same`).
 
     Raises:
         UserError (a ValueError): an unknown kind, `groups` that does not divide in_channels, an even kernel without a
@@ -80,7 +81,8 @@ class CheapConv2d(nn.Module):
             )
         if padding is None:
             padding = same_padding(kernel_size, dilation)
-        window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        self.pads_same = padding == "same" and _pair(stride) != (1, 1)
+        window = {"padding": 0 if self.pads_same else padding, "dilation": dilation, "padding_mode": padding_mode}
         if kind == "shift":
             self.spatial = Shift2d(in_channels, kernel_size, **window)
         else:
@@ -91,6 +93,8 @@ class CheapConv2d(nn.Module):
         self.kernel_size, self.padding, self.dilation = attrgetter("kernel_size", "padding", "dilation")(self.spatial)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pads_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return self.pointwise(self.spatial(x))
 
     @property

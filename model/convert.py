@@ -1,21 +1,31 @@
 """Replacing the standard convolutions of any network by cheap ones, and starting those from trained weights."""
 
+from collections import Counter
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
 from model.conv import CheapConv2d, initialize, number_to_prune
 from utils.errors import UserError
 
+RULE = 2  # of what is replaceable, which files state because pruned_num counts it; 1: timm's Conv2dSame is not
+LARGE_SHARE = 0.9  # of the standard network's parameters, above which `remarks` says how many a student keeps
 
-def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_num: int | None = None) -> int:
+
+def cheapen(
+    module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_num: int | None = None, rule: int = RULE
+) -> int:
     """Replace standard k x k convolutions of a network by cheap ones with the same output shape, in place.
 
-    Replaces every nn.Conv2d (no subclasses) with k > 1 and groups = 1, except the first convolution, the one on the
-    image. The cheap ones are freshly initialized; everything else keeps its weights.
+    Replaces every nn.Conv2d and Conv2dSame of timm with k > 1 and groups = 1, except the first convolution, the one on
+    the image. Other subclasses of nn.Conv2d stay: they compute something else. The cheap convolutions are freshly
+    initialized; everything else keeps its weights.
 
     Args:
         kind, groups: as in CheapConv2d.
-        pruned_num: how many to replace, the last ones in the order of `module.modules()`; None for all.
+        pruned_num: how many to replace, counted from the end of `replaceable_convs`; None for all.
+        rule: of what is replaceable, RULE or the one that a file states.
 
     Returns:
         The number of convolutions that were replaced.
@@ -24,7 +34,7 @@ def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_
         UserError (a ValueError): an unknown kind, groups that do not divide a convolution's channels, pruned_num out of
             range. The network is then unchanged.
     """
-    convs = replaceable_convs(module)
+    convs = replaceable_convs(module, rule)
     convs = convs[len(convs) - number_to_prune(len(convs), pruned_num) :]
     cheap = {conv: _cheap(conv, kind, groups) for conv in convs}
     for parent in list(module.modules()):
@@ -34,15 +44,48 @@ def cheapen(module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_
     return len(cheap)
 
 
-def replaceable_convs(module: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that `cheapen` replaces."""
+def replaceable_convs(module: nn.Module, rule: int = RULE) -> list[nn.Conv2d]:
+    """The convolutions that `cheapen` replaces, in the order of `module.modules()`."""
+    return [conv for conv in _wide_convs(module) if type(conv) is nn.Conv2d or (rule > 1 and _pads_same(conv))]
+
+
+def remarks(student: nn.Module) -> list[str]:
+    """Lines for the log: on convolutions of other classes, which stay, and on a student that is hardly smaller."""
+    cheap = [module for _, module in _cheap_convs(student)]
+    weights = sum(weight.numel() for conv in cheap for weight in conv.parameters() if weight.dim() == 4)
+    params = sum(parameter.numel() for parameter in student.parameters())
+    share = params / (params - weights + sum(prod(conv.standard_shape) for conv in cheap))
+    lines = []
+    if others := other_convs(student):
+        lines.append(f"{others} stay standard: only nn.Conv2d and timm's Conv2dSame are made cheap")
+    if cheap and share > LARGE_SHARE:
+        lines.append(f"the student keeps {share:.1%} of the parameters: choose another network for a small one")
+    return lines
+
+
+def other_convs(module: nn.Module) -> str:
+    """The k x k convolutions of classes that `cheapen` does not know, counted, as in "16 ScaledStdConv2d"."""
+    known = set(replaceable_convs(module))
+    kinds = Counter(type(conv).__name__ for conv in _wide_convs(module) if conv not in known)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def _wide_convs(module: nn.Module) -> list[nn.Conv2d]:
+    """The k x k convolutions with k > 1 and groups = 1, but the first, which is on the image."""
     convs = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
-    return [conv for conv in convs[1:] if type(conv) is nn.Conv2d and conv.groups == 1 and conv.kernel_size != (1, 1)]
+    return [conv for conv in convs[1:] if conv.groups == 1 and conv.kernel_size != (1, 1)]
+
+
+def _pads_same(conv: nn.Conv2d) -> bool:
+    """Whether it is timm's Conv2dSame, which pads as TensorFlow does."""
+    kind = type(conv)
+    return kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
 
 
 def _cheap(conv: nn.Conv2d, kind: str, groups: int) -> CheapConv2d:
     shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
-    window = {"padding": conv.padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
+    padding = "same" if _pads_same(conv) else conv.padding
+    window = {"padding": padding, "dilation": conv.dilation, "padding_mode": conv.padding_mode}
     cheap = CheapConv2d(*shape, kind, groups, bias=conv.bias is not None, **window)
     initialize(cheap)
     return cheap.to(conv.weight).train(conv.training)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import nn
 
-from model.convert import cheapen, replaceable_convs
+from model.convert import RULE, cheapen, other_convs, replaceable_convs
 from model.split import check_features, follows_protocol, split
 from utils.errors import UserError
 
@@ -75,11 +75,12 @@ def student(
     groups: int,
     pruned_num: int | None,
     input_size: Sequence[int] | None = None,
+    rule: int = RULE,
 ) -> nn.Module:
     """The same network with cheap convolutions.
 
     Args:
-        conv, groups, pruned_num: as in `model.convert.cheapen`.
+        conv, groups, pruned_num, rule: as in `model.convert.cheapen`.
         input_size: (C, H, W) of its images. If given, the network follows timm's protocol.
 
     Raises:
@@ -87,8 +88,10 @@ def student(
     """
     network = standard(arch, name, num_classes)
     if not replaceable_convs(network):
-        raise UserError(f"{name} of {arch} has no standard convolution to make cheap but the first: choose another one")
-    cheapen(network, conv, groups, pruned_num)
+        others = f" ({kinds} stay as they are)" if (kinds := other_convs(network)) else ""
+        message = f"{name} of {arch} has no standard convolution to make cheap but the first{others}"
+        raise UserError(f"{message}: choose another one")
+    cheapen(network, conv, groups, pruned_num, rule)
     if input_size:
         if not follows_protocol(network):
             split(network, input_size)

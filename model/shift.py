@@ -130,6 +130,19 @@ def frozen_conv(weight: Tensor, groups: int = 1, **window: Any) -> nn.Conv2d:
     return conv
 
 
+def pad_same(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """Pad x (B, C, H, W) as TensorFlow's "SAME" does: a convolution then has ceil(size / stride) pixels an axis.
+
+    The padding depends on the size of x; of an odd number of zeros, one more is at the end.
+    """
+    sides = []  # in the order of F.pad
+    for axis in (1, 0):
+        size, step, reach = x.shape[2 + axis], stride[axis], dilation[axis] * (kernel_size[axis] - 1)
+        total = max((-(-size // step) - 1) * step + reach + 1 - size, 0)
+        sides += [total // 2, total - total // 2]
+    return F.pad(x, sides)
+
+
 def same_padding(kernel_size: int | Pair, dilation: int | Pair) -> Pair:
     """The padding with which an odd kernel keeps the size of a map."""
     sizes, steps = _pair(kernel_size), _pair(dilation)

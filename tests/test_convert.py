@@ -8,13 +8,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import Conv2dSame, ScaledStdConv2d
+from timm.layers.conv2d_same import conv2d_same
 from torch import nn
 
 import model
 from model import external
 from model.conv import KINDS, CheapConv2d, Shift2d, count_cheap
-from model.convert import cheapen
+from model.convert import cheapen, remarks
 from tests.helpers import fail, report_of, succeed
+from tests.helpers import meta as network_meta
+from utils.checkpoint import Meta, export, load_student
 
 IMAGE = (3, 64, 64)
 
@@ -117,6 +121,74 @@ def test_pruned_num_counts_from_the_output_side_and_what_fails_changes_nothing()
     assert cheapen(nn.Sequential(nn.Conv2d(3, 8, 3))) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_padded_as_tensorflow_does_are_cheap_with_that_padding(kind):
+    """Against timm's conv2d_same with the dense weight that both stages amount to; it depends on the size."""
+    windows = itertools.product([3, 2, (1, 5)], [1, 2, (3, 1)], [1, 2], [(7, 8), (6, 9), (1, 2)])
+    for kernel_size, stride, dilation, size in windows:
+        network = nn.Sequential(nn.Conv2d(3, 18, 1), Conv2dSame(18, 6, kernel_size, stride, dilation=dilation))
+        x = torch.randn(2, 3, *size)
+        conv, expected = network[1], network(x).shape
+        assert cheapen(network, kind, groups=2) == 1
+        cheap = network[1]
+        spatial = one_hot_convolution(cheap.spatial, conv) if kind == "shift" else cheap.spatial
+        mixing = cheap.pointwise.weight.reshape(6, spatial.groups, -1)
+        filters = spatial.weight.reshape(spatial.groups, 18 // spatial.groups, -1)
+        weight = torch.einsum("ogm,gmi->ogi", mixing, filters).reshape(6, 18, *cheap.kernel_size)
+        window = {"stride": cheap.stride, "dilation": cheap.dilation}
+        out = network(x)
+        assert out.shape == expected
+        torch.testing.assert_close(out, conv2d_same(network[0](x), weight, cheap.pointwise.bias, **window))
+
+
+def padded_as_tensorflow():
+    """Two convolutions that rule 1 made cheap, and a third behind them."""
+    convs = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), Conv2dSame(8, 8, 3, stride=2)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def test_pruned_num_counts_what_was_replaceable_when_the_file_was_written(tmp_path):
+    source = "from tests.test_convert import padded_as_tensorflow\n\ndef build():\n    return padded_as_tensorflow()\n"
+    (tmp_path / "net.py").write_text(source)
+    network = padded_as_tensorflow()
+    assert cheapen(network, pruned_num=1) == 1
+    assert isinstance(network[3], CheapConv2d)
+    network = padded_as_tensorflow()
+    assert cheapen(network, pruned_num=1, rule=1) == 1
+    assert isinstance(network[2], CheapConv2d)
+    older = network_meta(arch=str(tmp_path / "net.py"), model="build_sparse", conv="depthwise", pruned_num=1)
+    export(tmp_path / "older.pt", network, Meta(**older))
+    content = torch.load(tmp_path / "older.pt", weights_only=True)
+    del content["meta"]["rule"]
+    torch.save(content, tmp_path / "older.pt")
+    loaded, _ = load_student(tmp_path / "older.pt", older["arch"])
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(x), network.eval()(x))
+
+
+def test_other_classes_of_convolutions_stay_and_are_counted():
+    convs = ScaledStdConv2d(8, 8, 3), ScaledStdConv2d(8, 8, 3), ScaledStdConv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), *convs)
+    assert cheapen(network) == 1
+    (line,) = remarks(network)
+    assert line.startswith("2 ScaledStdConv2d stay standard")
+    assert remarks(nn.Sequential(nn.Conv2d(3, 8, 3), Conv2dSame(8, 8, 3))) == []
+
+
+def test_a_network_that_hardly_shrinks_is_named():
+    def network(wide):
+        """The convolution's 10 * 10 * 9 weights become 10 * 9 + 10 * 10, 710 fewer."""
+        made = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 10, 3), nn.Conv2d(10, wide, 1, bias=False))
+        cheapen(made)
+        return made
+
+    assert remarks(network(615)) == []  # 710 of 40 + 910 + 6150 parameters, a tenth
+    (line,) = remarks(network(616))
+    assert line.startswith("the student keeps 90.0% of the parameters")
+    assert remarks(nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 10, 3))) == []  # a standard network
+
+
 def test_type_and_mode_carry_over():
     network = Odd().double().eval()
     cheapen(network)
@@ -182,6 +254,7 @@ def test_timm_networks_are_students_as_they_are():
     [
         ("torchvision", "resnet_18", 64, "torchvision has no network 'resnet_18': try resnet18"),
         ("timm", "resnet_18", 64, "timm has no network"),
+        ("timm", "nf_resnet26", 64, r"but the first \(8 ScaledStdConv2d stay as they are\)"),
         ("torchvision", "mobilenet_v2", 64, "no standard convolution to make cheap"),
         ("torchvision", "vit_b_16", 64, "no standard convolution to make cheap"),
         ("timm", "levit_128", 64, "levit_128 does not take images of 64 x 64"),
@@ -200,16 +273,20 @@ SOURCE = """
 import torch.nn.functional as F
 from torch import nn
 
+class Own(nn.Conv2d):
+    pass
+
 class Small(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(32, 32, 3, padding=1, bias=False)
+        self.conv4 = Own(32, 32, 3, padding=1)
         self.fc = nn.Linear(32 * 4 * 4, num_classes)
 
     def forward(self, x):
-        x = F.relu(self.conv3(F.relu(self.conv2(F.relu(self.conv1(x))))))
+        x = F.relu(self.conv4(self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))))
         x = x.view(x.size(0), -1)  # as many people write it: not for channels_last
         return self.fc(F.dropout(x, 0.5, training=self.training))
 
@@ -253,7 +330,7 @@ def test_halves_of_forward_follow_the_mode(file):
     ("name", "message"),
     [
         ("text", "returned a str"),
-        ("missing", "defines no function 'missing': it has Small, small, ten"),
+        ("missing", "defines no function 'missing': it has Own, Small, small, ten"),
         ("branching", "Branching cannot be split .* give it forward_features, forward_head, num_features"),
     ],
 )
@@ -267,7 +344,8 @@ def test_a_network_of_a_file_goes_all_the_way(file, tmp_path):
     common = ("--dataset", "digits", "--arch", file, "--teacher_model", "small", "--num_epochs", 1, "--lr", 0.02)
     succeed("main.py", *common, "--pretrain", "--job_dir", tmp_path / "teacher")
     teacher = ("--teacher_dir", tmp_path / "teacher", "--force")
-    succeed("main.py", *common, *teacher, "--num_students", 2, "--job_dir", tmp_path / "students")
+    output = succeed("main.py", *common, *teacher, "--num_students", 2, "--job_dir", tmp_path / "students")
+    assert "1 Own stay standard" in output
     refine = ("--refine", tmp_path / "students" / "net_pruned_2.pt", "--pruned", "--num_epochs", 1)
     error = fail("finetune.py", *refine, "--job_dir", tmp_path / "refined")
     assert "needs the code that built its network: give --arch" in error

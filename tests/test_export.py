@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from timm.layers import Conv2dSame
 from torch import nn
 
 import data
@@ -24,6 +25,7 @@ from data.loader import Batches
 from data.sources import Preprocessing, Split
 from model import build, fused
 from model.conv import Shift2d
+from model.convert import cheapen
 from tests.helpers import ROOT, content_of, fail, report_of, run_process, succeed
 from tests.helpers import meta as network_meta
 from utils import export, options
@@ -61,6 +63,14 @@ def pixels(count, size=16):
     return np.random.default_rng(0).random((count, 3, size, size), np.float32)
 
 
+def padded_as_tensorflow():
+    windows = ((3, 2), (5, 3), ((2, 3), (2, 1)))
+    layers = (layer for window in windows for layer in (Conv2dSame(20, 20, *window), nn.BatchNorm2d(20)))
+    network = nn.Sequential(nn.Conv2d(3, 20, 1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 10))
+    cheapen(network, "group", groups=2)
+    return network
+
+
 class Shifts(nn.Sequential):
     """Shifts of every form, each with BatchNorm after it."""
 
@@ -82,6 +92,7 @@ NETWORKS = {
     "shifts of all forms": Shifts,
     "torchvision": lambda: build("resnet18_sparse", 10, "shift", arch="torchvision"),
     "timm": lambda: build("resnet10t_sparse", 10, "depthwise", arch="timm"),
+    "TensorFlow's padding": padded_as_tensorflow,
 }
 
 

@@ -82,6 +82,7 @@ class Meta:
         mean, std: normalization of each channel of pixels in 0 .. 1.
         config: the recorded configuration of the run.
         preprocessing: `data.sources.Preprocessing` from file to pixels; older files lack it.
+        rule: as in `model.convert.cheapen`; files before rule 2 do not state it.
         start: the weights from which training started, in words.
         accuracy: top-1 in % of an exported network, by split.
         networks: accuracy and cost of every network of the run.
@@ -101,6 +102,7 @@ class Meta:
     std: tuple[float, float, float]
     config: RecordedConfig
     build: dict[str, Any] | None = None
+    rule: int | None = None
     start: str | None = None
     preprocessing: dict[str, Any] | None = None
     inputs: Inputs | None = None
@@ -332,7 +334,7 @@ def restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None
             raise UserError(f"{path} needs the code that built its network: give --arch {meta.arch}")
         meta = replace(meta, arch=arch)
     specification = {name: getattr(meta, name) for name in ("num_classes", "conv", "groups", "pruned_num", "arch")}
-    specification |= meta.build or {}
+    specification |= {"rule": meta.rule or 1} | (meta.build or {})
 
     def builder() -> nn.Module:
         try:
