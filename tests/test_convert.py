@@ -159,9 +159,7 @@ def test_pruned_num_counts_what_was_replaceable_when_the_file_was_written(tmp_pa
     assert isinstance(network[2], CheapConv2d)
     older = network_meta(arch=str(tmp_path / "net.py"), model="build_sparse", conv="depthwise", pruned_num=1)
     export(tmp_path / "older.pt", network, Meta(**older))
-    content = torch.load(tmp_path / "older.pt", weights_only=True)
-    del content["meta"]["rule"]
-    torch.save(content, tmp_path / "older.pt")
+    assert "rule" not in torch.load(tmp_path / "older.pt", weights_only=True)["meta"]
     loaded, _ = load_student(tmp_path / "older.pt", older["arch"])
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(x), network.eval()(x))
