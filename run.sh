@@ -1,7 +1,9 @@
 #!/bin/sh
-# The recipes. `sh run.sh` runs the line at the end that is active; `sh run.sh NAME [flags]` runs the recipe NAME with
-# flags added to its command (to that of its students, if there are several). Every recipe works from a fresh clone:
-# what is missing is installed first, into .venv, unless the active environment has it already.
+# The recipes. `sh run.sh NAME [flags]` runs the recipe NAME and adds the flags to its command (demo: to the command that
+# trains students). `sh run.sh` runs the recipe whose line at the end of this file is active. Every recipe works in a
+# fresh clone: missing packages are installed into .venv first, unless the active environment has them.
+#
+# Times and accuracies are stated where they were measured. Nothing has been measured on a GPU.
 set -eu
 cd "$(dirname "$0")"
 
@@ -42,7 +44,8 @@ EOF
     exit 2
 }
 
-# The whole job on the embedded digits: about a minute on 2 CPU cores.
+# Pretrain, compress and refine on the embedded digits. 53 s on 2 cores of an Intel Xeon; test accuracy of the standard
+# network 99.17 %, of the student 98.89 %. In one thread of an AMD EPYC: 43 s of CPU time, 98.33 % and 99.44 %.
 demo() {
     setup requirements.txt
     "$PYTHON" main.py --pretrain --dataset digits --arch resnet --teacher_model resnet_20 \
@@ -54,7 +57,8 @@ demo() {
         --num_epochs 10 --job_dir experiment/digits/refined --reset
 }
 
-# The tests, in two processes.
+# The tests, in two processes. TEST_BUDGET=4 tries four times as many random cases. `python tests/faults.py` checks that
+# the tests notice deliberate faults.
 test() {
     setup requirements.txt tests/requirements.txt
     "$PYTHON" -m ruff check .
@@ -62,14 +66,14 @@ test() {
     "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
 }
 
-# Methods, convolutions and seeds compared, into experiment/RESULTS.md: `sh run.sh study digits`.
+# The runs of a study, for experiment/RESULTS.md, as in `sh run.sh study digits`. Their accuracies are in that file.
 study() {
     setup requirements.txt
     "$PYTHON" experiment/study.py "$@"
 }
 
-# CIFAR-10, ResNet-56, as in the paper. TEACHER, here and below: a checkpoint of the standard network, or a folder that
-# holds one; for these recipes by default the one that pretrain_resnet_56 makes.
+# CIFAR-10, ResNet-56, as in the paper; the whole training has not been measured. TEACHER, here and below, is a checkpoint
+# of the standard network or a folder with one; these recipes use the one of pretrain_resnet_56 unless it is set.
 pretrain_resnet_56() {
     setup requirements.txt
     "$PYTHON" main.py --pretrain --arch resnet --teacher_model resnet_56 --job_dir experiment/resnet/teacher "$@"
@@ -110,10 +114,10 @@ resnet_56_group() {
     resnet_56 --conv group --groups 4 --job_dir experiment/resnet/group_lambda_0.8_miu_1 "$@"
 }
 
-# Other networks and data, with the pretrained teacher TEACHER, or teacher-free if there is none. What an epoch of the
-# training costs, teacher-free, on 2 cores of an Intel Xeon with bf16 units (torch 2.14), from the time of a step: VGG-16
-# 4 minutes, DenseNet-40 33, GoogLeNet 50, ResNet-56 on CIFAR-100 4; an epoch of ImageNet is not for such a machine
-# (ResNet-18 50 images/s, ResNet-50 12). Not measured on a GPU.
+# Other networks and data, with the pretrained teacher TEACHER if it is set. Time of an epoch without a teacher, computed
+# from the time of a step on 2 cores of an Intel Xeon with bf16 units (torch 2.14): VGG-16 4 minutes, DenseNet-40 33,
+# GoogLeNet 50, ResNet-56 on CIFAR-100 4. ImageNet is too large for such a machine: ResNet-18 trains on 50 images/s,
+# ResNet-50 on 12. Accuracies have not been measured.
 compress() {
     setup requirements.txt
     "$PYTHON" main.py ${TEACHER:+--teacher_dir "$TEACHER"} "$@"
@@ -138,7 +142,7 @@ resnet_56_cifar100() {
         --job_dir experiment/resnet_56_cifar100 "$@"
 }
 
-# ImageNet, a folder with train/ and val/ at IMAGENET. TEACHER may be torchvision's resnet18-f37072fd.pth.
+# ImageNet. IMAGENET is a folder with train/ and val/; TEACHER may be torchvision's resnet18-f37072fd.pth.
 imagenet() {
     compress --dataset imagenet --data_dir "${IMAGENET:-data/imagenet}" --val_size 10000 --num_students 2 \
         --num_epochs 90 --lr_decay_step 30 60 80 --train_batch_size 256 --weight_decay 1e-4 "$@"
