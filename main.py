@@ -106,7 +106,7 @@ def describe_run(run: Run, learner: Students, start: str) -> Meta:
 
 
 def results(run: Run, trainer: Trainer) -> Results:
-    """The networks of this run, the standard one first, and their accuracies: the one look at the test set."""
+    """The networks of this run, the standard one first, and their accuracies. The test set is evaluated only here."""
     config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
     splits, name = (run.loaders.val, run.loaders.test), standard_name(config.teacher_model)
     scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]

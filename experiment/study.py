@@ -110,7 +110,7 @@ class Runner:
         """
         runs = list(grid(study, only))
         if not runs:
-            raise UserError(f"the study {study} has no run '{only}': its runs are called as {next(grid(study)).name}")
+            raise UserError(f"the study {study} has no run '{only}': its runs have names like {next(grid(study)).name}")
         done = {record["run"] for record in read_records(self.out, study)}
         self.waiting = [run for run in runs if run.name not in done]
         teachers = dict.fromkeys(run.teacher for run in self.waiting if run.teacher)

@@ -68,7 +68,7 @@ def test_accuracies_that_are_none_are_said_to_be():
     assert (entry["val"], entry["test"]) == (50.0, None)
     assert json.dumps(entry, allow_nan=False)
     assert report.not_finite([row]) == [
-        "The logits of student 1 are not finite on some test images: it has no accuracy."
+        "The logits of student 1 are not finite on some test images, so it has no accuracy."
     ]
 
 

@@ -84,7 +84,7 @@ def test_report_states_costs_and_ratios(runs):
     assert (student["params"], student["macs"]) == tuple(count(network, (3, 8, 8)))
     for key in ("params", "macs", "latency_1", "latency_256"):
         assert student["ratios"][key] == pytest.approx(standard[key] / student[key])
-    assert "validation images; the test set was looked at once" in (runs.students / "report.md").read_text()
+    assert "validation images; the test set was evaluated once" in (runs.students / "report.md").read_text()
 
 
 def plain_accuracy(path):

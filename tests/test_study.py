@@ -264,7 +264,7 @@ def test_only_chooses_runs_by_their_names(tmp_path):
     names = [run.name for run in study.grid("cifar100", "depthwise-*-0")]
     assert "depthwise-od-0" in names
     assert all(name.startswith("depthwise-") and name.endswith("-0") for name in names)
-    with pytest.raises(UserError, match="has no run 'x': its runs are called as "):
+    with pytest.raises(UserError, match="has no run 'x': its runs have names like "):
         study.Runner(tmp_path, None, jobs=1).run("digits", "x")
 
 

@@ -31,7 +31,7 @@ SPEED = "1.41x faster at batch 1 and 2.47x faster at batch 256 (PyTorch)"
 
 def test_the_sentence_says_what_one_got():
     assert tables.verdict(pair(75.27, 72.11, **BETTER), TITLE) == (
-        f"{TITLE}: {COSTS}, {SPEED}; 72.11 % of the test images right, 3.16 points less than the standard network"
+        f"{TITLE}: {COSTS}, {SPEED}; 72.11 % test accuracy, 3.16 points less than the standard network"
     )
 
 
@@ -52,7 +52,7 @@ def test_a_student_that_costs_more_is_said_to():
     rows = pair(None, 50.0, params=44880, macs=5000, pytorch=(4.0, 1.6))
     assert tables.verdict(rows, TITLE) == (
         f"{TITLE}: 5.61x larger, 1.25x more MACs, 2.00x slower at batch 1 and 1.25x faster at batch 256 (PyTorch); "
-        "50.00 % of the test images right"
+        "50.00 % test accuracy"
     )
     assert "5.61x larger" in tables.plain(tables.overview(rows, "test"))
 
@@ -60,15 +60,15 @@ def test_a_student_that_costs_more_is_said_to():
 def test_a_student_that_is_like_the_standard_network_is_said_to_be():
     assert tables.verdict(pair(50.0, 50.001), TITLE) == (
         f"{TITLE}: as large, as many MACs, as fast at batch 1 and as fast at batch 256 (PyTorch); "
-        "50.00 % of the test images right, as many as the standard network"
+        "50.00 % test accuracy, as much as the standard network"
     )
 
 
 @pytest.mark.parametrize(
     ("tests", "end"),
     [
-        ((50.0, 51.2), "51.20 % of the test images right, 1.20 points more than the standard network"),
-        ((None, 51.2), "51.20 % of the test images right"),
+        ((50.0, 51.2), "51.20 % test accuracy, 1.20 points more than the standard network"),
+        ((None, 51.2), "51.20 % test accuracy"),
         ((50.0, None), "no accuracy, because its logits are not finite"),
         ((50.0, float("nan")), "no accuracy, because its logits are not finite"),
     ],

@@ -97,13 +97,14 @@ _control = partial(_job, recorded=False)  # how a run is carried out, not what i
 
 @dataclass(frozen=True)
 class Config:
-    """The flags by name. `utils.options.parse` makes one; nobody changes it afterwards."""
+    """The flags by name, made by `utils.options.parse` and never changed."""
 
     arch: str | None = _network(
-        "a file of model/, torchvision, timm, or a Python file (default: the one that has the network)"
+        "source of the networks: a file of model/, torchvision, timm or a Python file (default: the file of model/ "
+        "that has the network)"
     )
     teacher_model: str = _network(
-        "the standard network; of a Python file, the function that builds it (default: resnet_56)", metavar="NAME"
+        "the standard network; in a Python file, the function that returns it (default: resnet_56)", metavar="NAME"
     )
     student_model: str | None = _network(
         "the student (default: the standard network's name with _sparse)", metavar="NAME"
@@ -111,14 +112,14 @@ class Config:
     conv: str | None = _network("cheap convolution (default: depthwise)", choices=("depthwise", "group", "shift"))
     groups: int | None = _network("groups of each group convolution (default: 4)", type=_positive_int)
     pruned_num: int | None = _network(
-        "convolutions made cheap, counted from the output side (default: all)", type=_count
+        "number of convolutions to replace, counted from the output (default: all)", type=_count
     )
     num_students: int = _network(
         f"students trained side by side (default: {_by_method('num_students')})", type=_positive_int
     )
 
     init: str | None = _distillation(
-        "students start from random weights, as in the paper, or from those of the pretrained teacher "
+        "initial weights of the students: random, as in the paper, or those of the pretrained teacher "
         "(default: random)",
         choices=("random", "teacher"),
     )
@@ -132,14 +133,13 @@ class Config:
         metavar="NORM",
     )
     force: bool = _distillation(
-        "train with a pretrained teacher that does no better than guessing or that knows other classes; resume "
-        "with another teacher, with another student to refine, or on other images",
+        "allow a pretrained teacher that is no better than guessing or has other classes; allow --resume with another "
+        "teacher, another student to refine, or other images",
         False,
         recorded=False,
     )
     method: str = _distillation(
-        "od: online distillation, the paper's; to compare with: scratch, plain training; kd, offline distillation "
-        "from the pretrained teacher; dml, deep mutual learning; one, on-the-fly native ensemble (default: od)",
+        f"{'; '.join(f'{method.name}: {method.title}' for method in METHODS.values())} (default: od, the paper's)",
         choices=tuple(METHODS),
     )
     lam: float = _distillation(
@@ -154,12 +154,12 @@ class Config:
         f"T of the softened distributions (default: {_by_method('temperature')})", type=_temperature
     )
     kl_reduction: str = _distillation(
-        "batchmean sums the KL over classes; element averages, K times weaker, as the released code",
+        "batchmean: the KL is summed over the classes; element: averaged, K times weaker, as in the released code",
         "batchmean",
         choices=("batchmean", "element"),
     )
     detach_teacher: bool = _distillation(
-        "no online gradient to the online teacher: students learn from it, it does not learn from them", False
+        "students learn from the online teacher, but it does not learn from them: its logits are detached", False
     )
     rampup_epochs: float = _distillation(
         "epochs in which the weight of the online term rises from 0 (default: 0; one: 80 of 300)", type=_weight
@@ -169,21 +169,20 @@ class Config:
         "digits, cifar10, cifar100, fashion_mnist, svhn, imagenet or folder (default: cifar10)", metavar="NAME"
     )
     data_dir: Path | None = _data(
-        "where the data is, or is downloaded to (default: data/downloads)", type=_path, metavar="PATH", may_change=True
+        "folder with the data, or for downloads (default: data/downloads)", type=_path, metavar="PATH", may_change=True
     )
     image_size: int | None = _data(
-        "of the crops of imagenet and of folder, which then streams (default: 224; a folder of small images of one "
-        "size stays in memory as it is)",
+        "height and width of the crops of imagenet and folder (default: 224; small images of one size are not resized)",
         type=_positive_int,
         metavar="PIXELS",
     )
     val_size: float = _data(
-        "validation images split from the training set: a fraction below 1 or a number; 0 chooses the best student on "
-        "the test set, as the released code did (default: 0.1)",
+        "validation images split from the training set: a fraction below 1 or a number; with 0, the best student is "
+        "chosen on the test set, as in the released code (default: 0.1)",
         type=_size,
     )
     train_size: float | None = _data(
-        "training images to use of those that remain: a fraction below 1 or a number (default: all)", type=_share
+        "training images to use, after the split: a fraction below 1 or a number (default: all)", type=_share
     )
 
     num_epochs: int = _training(
@@ -212,9 +211,9 @@ class Config:
         type=_positive_int,
         metavar="PARTS",
     )
-    sync_bn: bool = _training("BatchNorm over the batches of all processes that torchrun started", False)
+    sync_bn: bool = _training("BatchNorm statistics over the processes of torchrun", False)
     seed: int = _training(
-        "of the initial weights and the augmentation; the validation split does not depend on it", 0, type=_seed
+        "seed of the initial weights and the augmentation; the validation split does not depend on it", 0, type=_seed
     )
 
     job_dir: Path = _job(
@@ -259,21 +258,21 @@ class Config:
 
     device: str = _machine("auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", "auto", may_change=True)
     precision: str = _machine(
-        "of the networks in training: auto is bf16 where the hardware computes in it, else fp32",
+        "of the networks in training; auto: bf16 if the hardware has units for it, else fp32",
         "auto",
         choices=("auto", "fp32", "bf16"),
         may_change=True,
     )
     compile: str = _machine(
-        "compiled code: on a CPU fused kernels (needs g++), on CUDA a graph of the training step, and with on "
-        "torch.compile, too; off: PyTorch's operators one by one",
+        "auto: fused kernels on a CPU (needs g++), a graph of the training step on CUDA; on: the same, and on CUDA "
+        "torch.compile; off: PyTorch's operators",
         "auto",
         choices=("auto", "on", "off"),
         may_change=True,
     )
     workers: int | None = _machine(
-        "processes that read streamed images, at most one a core; threads that decode small ones (default: the number "
-        "of cores, at most 8)",
+        "processes that read streamed images, or threads that decode small ones, at most one per core (default: the "
+        "number of cores, at most 8)",
         type=_positive_int,
         may_change=True,
     )

@@ -134,8 +134,8 @@ def contention(device: torch.device, seconds: float = 0.1) -> list[str]:
     if share > SHARED:
         return []
     return [
-        f"other processes use the CPU: the {threads} threads of this one got {share:.0%} of the time of as many cores; "
-        "OMP_NUM_THREADS=1 is probably faster"
+        f"other processes are using the CPU (this one gets {share:.0%} of {threads} cores), and its {threads} threads "
+        "wait for each other: OMP_NUM_THREADS=1 is probably faster"
     ]
 
 

@@ -245,7 +245,7 @@ def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration in which flags that its version lacked have the value of what it did."""
+    """A recorded configuration in which the flags that its version lacked describe what that version did."""
     method = "scratch" if config.get("pretrain") else "od"
     if config.get("refine"):
         method = "kd" if config.get("miu") else "scratch"
@@ -262,10 +262,10 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Name of a flag whose change makes a run a different one; None if all agree.
+    """Name of a flag that differs although a resumed run must keep it; None if there is none.
 
     Args:
-        was, now: recorded configurations: of the run, and of the flags with which it is to go on.
+        was, now: recorded configurations of the checkpoint and of the command that resumes it.
     """
     if bool(was.get("teacher_dir")) != bool(now.get("teacher_dir")):
         return "teacher_dir"

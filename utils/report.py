@@ -165,7 +165,7 @@ def _notes(
         f"Chosen at epoch {trainer.best.epoch}, {_selection(dataset)}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
         f"{environment['device']}, torch {environment['torch']}.",
-        f"Run by {environment['execution']}, trained in {environment['precision']}.",
+        f"Computed with {environment['execution']}, trained in {environment['precision']}.",
     ]
     if deployment.onnx:
         version, threads = environment["onnxruntime"], torch.get_num_threads()
@@ -177,7 +177,7 @@ def not_finite(rows: Sequence[Row]) -> list[str]:
     """A note for each network with non-finite logits."""
     splits = {"val": "validation", "test": "test"}
     return [
-        f"The logits of {row.name} are not finite on some {splits[split]} images: it has no accuracy."
+        f"The logits of {row.name} are not finite on some {splits[split]} images, so it has no accuracy."
         for row in rows
         for split in row.not_finite
     ]
@@ -197,4 +197,4 @@ def unsteady(rows: Sequence[Row]) -> list[str]:
 def _selection(dataset: DataSet) -> str:
     if dataset.val is dataset.test:
         return "on the TEST set (--val_size 0), as the released code did: the test accuracy of the best is optimistic"
-    return f"on {len(dataset.val):,} validation images; the test set was looked at once, after training"
+    return f"on {len(dataset.val):,} validation images; the test set was evaluated once, after training"

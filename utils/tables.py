@@ -224,14 +224,14 @@ def verdict(rows: Sequence[Row], title: str) -> str:
         others = [(standard, "the standard network")]
         others += [(before, "before it was refined") for before in rows if before.role == "before"]
         compared = [_points(row.test.top1 - other.test.top1, name) for other, name in others if other.test]
-        achieved = [f"{row.test.top1:.2f} % of the test images right", *compared]
+        achieved = [f"{row.test.top1:.2f} % test accuracy", *compared]
     return f"{title}: {', '.join(costs)}; {', '.join(achieved)}"
 
 
 def _points(gained: float, name: str) -> str:
     points = f"{abs(gained):.2f}"
     if points == "0.00":
-        return f"as many as {name}"
+        return f"as much as {name}"
     return f"{points} points {'more' if gained > 0 else 'less'} than {name}"
 
 
