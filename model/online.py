@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.fused import norm_relu
+from model.split import follows_protocol, split
 
 
 class Students(nn.Module):
@@ -48,11 +49,21 @@ class OnlineTeacher(Students):
     """N students whose concatenated feature maps make a stronger network, the online teacher, with its own classifier.
 
     Head: concatenate (B, sum C, H, W) - BatchNorm - ReLU - global average pool - Linear. Nothing is detached. The
-    feature maps of all students have one height and width.
+    feature maps of all students have one height and width. Students that do not follow timm's protocol
+    (`forward_features`, `forward_head`, `num_features`) get it, in place (`model.split.split`).
+
+    Args:
+        input_size: (C, H, W) of the images, for students that do not follow the protocol.
+
+    Raises:
+        UserError (a ValueError): a student cannot be split into features and head.
     """
 
-    def __init__(self, students: Sequence[nn.Module], num_classes: int):
+    def __init__(self, students: Sequence[nn.Module], num_classes: int, input_size: Sequence[int] = (3, 224, 224)):
         super().__init__(students)
+        for student in students:
+            if not follows_protocol(student):
+                split(student, input_size)
         channels = sum(student.num_features for student in students)
         self.norm = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
