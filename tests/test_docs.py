@@ -1,17 +1,23 @@
 """What the README and run.sh tell people to type."""
 
+import copy
 import re
 import shlex
 import subprocess
 
 import pytest
+import torch
 from PIL import Image
 
 import model
 from experiment import classify, study
+from model.conv import count_cheap
+from model.convert import cheapen, inherit
+from model.online import OnlineTeacher
 from tests.helpers import ROOT, succeed
 from utils import options
 from utils.config import flag_name, flags, is_open
+from utils.losses import online_distillation
 
 READMES = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md")))]
 FLAGS_README = ROOT / "utils" / "README.md"
@@ -33,12 +39,19 @@ STUDENT = "experiment/digits/refined/resnet_pruned_18"
 
 
 def test_python_of_the_readme_runs(runs, capsys):
-    convert, load = re.findall(r"^```python\n(.*?)^```", READMES[0], flags=re.MULTILINE | re.DOTALL)
+    loop, load = re.findall(r"^```python\n(.*?)^```", READMES[0], flags=re.MULTILINE | re.DOTALL)
     exec(load.replace(STUDENT, str(runs.refined / "resnet_pruned_18")), {})
     assert "resnet_20_sparse depthwise" in capsys.readouterr().out
-    names = {"network": model.build("resnet_20")}
-    exec(convert, names)
-    assert names["count"] == 18
+    network = model.build("resnet_20")
+    names = {
+        "network": network,
+        "batches": [(torch.randn(4, 3, 8, 8), torch.arange(4))],
+        **{module.__name__: module for module in (copy, torch)},
+        **{function.__name__: function for function in (cheapen, inherit, OnlineTeacher, online_distillation)},
+    }
+    exec(loop, names)
+    assert [count_cheap(student) for student in names["students"]] == [18] * 4
+    assert count_cheap(network) == 0
 
 
 def test_export_and_classification_of_the_readme_run(runs, tmp_path, capsys):
