@@ -305,5 +305,6 @@ def _words(name: str, value: Any) -> list[str]:
     """A flag and its value as words of a command line."""
     if value is True:
         return [f"--{name}"]
-    words = list(map(str, value if isinstance(value, list | tuple) else [value]))
+    values = value if isinstance(value, list | tuple) else [value]
+    words = [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
     return [f"--{name}={words[0]}"] if words[0].startswith("-") else [f"--{name}", *words]
