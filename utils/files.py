@@ -1,6 +1,5 @@
 """Atomic writes, safe reading of weights, the lock of a folder, and dataclasses as plain values in files."""
 
-import argparse
 import atexit
 import errno
 import fcntl
@@ -80,24 +79,52 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class _Unread(list):
+    """Stands for a harmless object beside the weights. Its own class is never called, and its values are dropped."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts save beside the weights, and what is read in its place: flags, paths, scores, histories.
+_UNREAD = {
+    "numpy": "dtype ndarray",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
+    **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath WindowsPath PurePosixPath PureWindowsPath"),
+    "builtins": "bool int float str bytes tuple list dict frozenset range slice",
+    **{"argparse": "Namespace", "types": "SimpleNamespace", "collections": "deque", "decimal": "Decimal"},
+    "datetime": "datetime date time timedelta timezone",
+}
+_STAND_INS = [(_Unread, f"{module}.{name}") for module, names in _UNREAD.items() for name in names.split()]
+_STAND_INS.append((lambda *factory: {}, "collections.defaultdict"))
+
+
 def read_weights(path: Path) -> Any:
-    """The content of a file of torch.save, on the CPU: tensors and plain containers only, no code in it is run.
+    """The content of a file of torch.save, on the CPU: tensors and plain containers; no code in it is run.
+
+    Numpy's values, paths and flags beside the weights are dropped.
 
     Raises:
-        UserError: the file does not exist, is damaged, or cannot be loaded safely.
+        UserError: the file does not exist, is damaged, or has objects of other classes; names the first one.
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
     try:
         _check_archive(path)
-        # argparse.Namespace: training scripts save their flags beside the weights, and it is as harmless as a dict.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
             warnings.simplefilter("ignore")  # on unusual pickles; they load or raise an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
-        raise UserError(
-            f"{path} cannot be read as a checkpoint: it is damaged, cut off, no checkpoint, or holds more than weights"
-        ) from error
+        fault = "it is damaged, cut off, or no checkpoint"
+        if unknown := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            fault = (
+                f"it has a {unknown[1]}, and only weights and plain values are read, since other objects could run "
+                "code; save the weights alone, as in torch.save(network.state_dict(), FILE)"
+            )
+        raise UserError(f"{path} cannot be read as a checkpoint: {fault}") from error
 
 
 def _check_archive(path: Path) -> None:
