@@ -63,11 +63,11 @@ def with_networks(config: Config) -> Config:
     Raises:
         UserError: a network cannot be built.
     """
-    config = replace(config, arch=config.arch or architecture_of(config.teacher_model))
     check_teacher(config.arch, config.teacher_model)
+    config = replace(config, arch=config.arch or architecture_of(config.trained_model))
+    check_architecture(config.arch, config.trained_model)
     if config.pretrain:
         return replace(config, pruned_num=0)
-    check_architecture(config.arch, config.student_model)
     return replace(config, pruned_num=count_cheap(build_student(config, num_classes=1)))
 
 

@@ -33,12 +33,16 @@ def names() -> list[str]:
     return sorted(name + suffix for name in _BUILDERS for suffix in ("", SPARSE))
 
 
-def architecture_of(name: str) -> str:
-    """The architecture, a file of this folder, that has the network `name`.
+def architecture_of(name: str, arch: str | None = None) -> str:
+    """The architecture that has the network `name`: an external `arch` itself, else a file of this folder.
 
     Raises:
         UserError (a ValueError): none has.
     """
+    if external.is_external(arch):
+        return arch
+    if arch:
+        _check_name(arch, [*ARCHITECTURES, *external.LIBRARIES], "architecture")
     _check_name(name, names(), "network")
     return next(arch for arch, module in ARCHITECTURES.items() if name.removesuffix(SPARSE) in module.NETWORKS)
 
@@ -47,17 +51,13 @@ def check_architecture(arch: str, name: str) -> None:
     """Raise a UserError unless `name` is a network of the architecture `arch`."""
     if external.is_external(arch):
         external.check(arch, name.removesuffix(SPARSE))
-        return
-    _check_name(arch, [*ARCHITECTURES, *external.LIBRARIES], "architecture")
-    _check_name(name, names(), "network")
-    known = ARCHITECTURES[arch].NETWORKS
-    if name.removesuffix(SPARSE) not in known:
-        raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(known)}")
+    elif architecture_of(name, arch) != arch:
+        raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(ARCHITECTURES[arch].NETWORKS)}")
 
 
 def check_teacher(arch: str, name: str) -> None:
-    """Raise a UserError unless `name` is a standard network of the architecture `arch`."""
-    check_architecture(arch, name)
+    """Raise a UserError unless `name` is a standard network: of `arch` if that is external, else of any file here."""
+    check_architecture(architecture_of(name, arch), name)
     if is_sparse(name):
         raise UserError(f"--teacher_model {name} is a student: the teacher is the standard network")
 
@@ -66,7 +66,7 @@ def variant_for(arch: str, name: str, input_size: Sequence[int]) -> dict[str, An
     """The keyword arguments of `build` with which the network suits images of `input_size` (C, H, W)."""
     if external.is_external(arch):
         return {"input_size": list(input_size)}
-    module = ARCHITECTURES[arch]
+    module = ARCHITECTURES[architecture_of(name)]
     return module.variant_for(name.removesuffix(SPARSE), input_size) if hasattr(module, "variant_for") else {}
 
 
