@@ -13,7 +13,7 @@ from types import ModuleType
 from torch import nn
 
 from model.convert import RULE, cheapen, other_convs, replaceable_convs
-from model.split import check_features, follows_protocol, split
+from model.split import follows_protocol, split
 from utils.errors import UserError
 
 LIBRARIES = ("torchvision", "timm")
@@ -44,8 +44,8 @@ def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] |
     """The network `name` of `arch`, untrained.
 
     Args:
-        input_size: (C, H, W) of its images, if the network of a Python file is to be split: in channels_last, a head
-            that flattens its feature map with `view` fails otherwise.
+        input_size: (C, H, W) of its images. If given, the network of a Python file is split where that is possible: in
+            channels_last, a head that flattens its feature map with `view` fails otherwise.
 
     Raises:
         UserError (a ValueError): unknown arch or name, a library that is not installed.
@@ -61,10 +61,7 @@ def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] |
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} of {arch} returned a {type(network).__name__}, not a torch.nn.Module")
-    if input_size and not follows_protocol(network):
-        with suppress(UserError):  # a teacher needs no feature map
-            split(network, input_size)
-    return network
+    return _split_if_possible(network, input_size)
 
 
 def student(
@@ -81,10 +78,10 @@ def student(
 
     Args:
         conv, groups, pruned_num, rule: as in `model.convert.cheapen`.
-        input_size: (C, H, W) of its images. If given, the network follows timm's protocol.
+        input_size: (C, H, W) of its images. If given, the network follows timm's protocol where that is possible.
 
     Raises:
-        UserError (a ValueError): as `standard` and `cheapen`; nothing to replace; no feature map found.
+        UserError (a ValueError): as `standard` and `cheapen`; nothing to replace.
     """
     network = standard(arch, name, num_classes)
     if not replaceable_convs(network):
@@ -92,10 +89,13 @@ def student(
         message = f"{name} of {arch} has no standard convolution to make cheap but the first{others}"
         raise UserError(f"{message}: choose another one")
     cheapen(network, conv, groups, pruned_num, rule)
-    if input_size:
-        if not follows_protocol(network):
+    return _split_if_possible(network, input_size)
+
+
+def _split_if_possible(network: nn.Module, input_size: Sequence[int] | None) -> nn.Module:
+    if input_size and not follows_protocol(network):
+        with suppress(UserError):  # only an online teacher needs the feature map
             split(network, input_size)
-        check_features(network, name, input_size)
     return network
 
 

@@ -16,7 +16,9 @@ def follows_protocol(network: nn.Module) -> bool:
 
 
 def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> None:
-    """Raise a UserError unless the network follows the protocol on images of input_size (C, H, W)."""
+    """Raise a UserError unless the network follows the protocol, or can be split to, on images of input_size."""
+    if not follows_protocol(network):
+        split(network, input_size)
     try:
         with torch.no_grad():
             features = _on_meta(network).eval().forward_features(torch.empty(1, *input_size, device="meta"))

@@ -16,9 +16,12 @@ import model
 from model import external
 from model.conv import KINDS, CheapConv2d, Shift2d, count_cheap
 from model.convert import cheapen, remarks
+from model.split import check_features
+from model.weights import place
 from tests.helpers import fail, report_of, succeed
 from tests.helpers import meta as network_meta
 from utils.checkpoint import Meta, export, load_student
+from utils.cost import check_fits
 
 IMAGE = (3, 64, 64)
 
@@ -255,14 +258,35 @@ def test_timm_networks_are_students_as_they_are():
         ("timm", "nf_resnet26", 64, r"but the first \(8 ScaledStdConv2d stay as they are\)"),
         ("torchvision", "mobilenet_v2", 64, "no standard convolution to make cheap"),
         ("torchvision", "vit_b_16", 64, "no standard convolution to make cheap"),
-        ("timm", "levit_128", 64, "levit_128 does not take images of 64 x 64"),
-        ("timm", "levit_128", 224, r"levit_128 has no feature map \(B, 384, H, W\) for an online teacher"),
         ("nowhere.py", "build", 64, "nowhere.py does not exist"),
     ],
 )
 def test_networks_that_cannot_be_students(arch, name, size, message):
     with pytest.raises(ValueError, match=message):
         model.build(f"{name}_sparse", arch=arch, input_size=(3, size, size))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (64, "levit_128 does not take images of 64 x 64"),
+        (224, r"levit_128 has no feature map \(B, 384, H, W\) for an online teacher"),
+    ],
+)
+def test_networks_without_a_feature_map(size, message):
+    network = model.build("levit_128_sparse", arch="timm", input_size=(3, size, size))
+    with pytest.raises(ValueError, match=message):
+        check_features(network, "levit_128", (3, size, size))
+
+
+def test_weights_of_five_axes_do_not_change_their_layout():
+    """torch's own conversion to channels_last refuses them."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(1, 1, (1, 3, 3)), nn.Linear(3, 3))
+    place(network, "cpu")
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert network[1].weight.is_contiguous()
+    network = model.build("lambda_resnet26t_sparse", arch="timm", input_size=IMAGE)
+    check_fits(network, "lambda_resnet26t_sparse", IMAGE, 10)
 
 
 # --- a Python file
@@ -299,7 +323,7 @@ def text():
 
 class Branching(nn.Sequential):
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
+        return super().forward(x if len(x) > 0 else -x)
 
 def branching(num_classes):
     return Branching(nn.Conv2d(3, 8, 3), nn.Conv2d(8, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -329,12 +353,28 @@ def test_halves_of_forward_follow_the_mode(file):
     [
         ("text", "returned a str"),
         ("missing", "defines no function 'missing': it has Own, Small, small, ten"),
-        ("branching", "Branching cannot be split .* give it forward_features, forward_head, num_features"),
     ],
 )
 def test_functions_that_build_no_student(file, name, message):
     with pytest.raises(ValueError, match=message):
         model.build(f"{name}_sparse", arch=str(file), input_size=(3, 8, 8))
+
+
+def test_only_an_online_teacher_needs_a_feature_map(file, tmp_path):
+    """Plain training and knowledge distillation look at logits alone, and so do the files that they write."""
+    job, teacher = tmp_path / "job", tmp_path / "teacher.pt"
+    torch.save(model.build("branching", 10, arch=str(file)).state_dict(), teacher)
+    network = ("--arch", file, "--teacher_model", "branching")
+    common = ("--dataset", "digits", "--num_epochs", 1, "--train_size", 32, "--val_size", 64)
+    error = fail("main.py", *network, *common, "--job_dir", job)
+    assert "Branching cannot be split" in error
+    assert "give it forward_features, forward_head, num_features" in error
+    assert not job.exists()
+    teaching = ("--method", "kd", "--teacher_dir", teacher, "--force")
+    assert "exported" in succeed("main.py", *network, *common, *teaching, "--job_dir", job)
+    (exported,) = job.glob("*pruned*.pt")
+    logits = load_student(exported, str(file))[0](torch.randn(2, 3, 8, 8))
+    assert logits.shape == (2, 10)
 
 
 @pytest.mark.slow
@@ -366,7 +406,7 @@ def test_a_network_of_torchvision_with_pretrained_weights_goes_all_the_way(tmp_p
 def test_images_and_classes_that_do_not_fit_end_in_one_line(file, tmp_path):
     common = ("--dataset", "digits", "--num_students", 2, "--job_dir", tmp_path / "job", "--val_size", 700)
     error = fail("main.py", "--arch", "torchvision", "--teacher_model", "squeezenet1_1", *common)
-    assert "squeezenet1_1 does not take images of 8 x 8" in error
+    assert "squeezenet1_1_sparse does not take images of 8 x 8" in error
     source = file.read_text().replace("return Small(10)", "return Small(7)")
     file.write_text(source)
     error = fail("main.py", "--arch", file, "--teacher_model", "ten", *common)

@@ -13,6 +13,7 @@ from data import Loaders, make_loaders
 from data.sources import DataSet
 from model import build, variant_for
 from model.online import Students
+from model.split import check_features
 from utils import distributed, export
 from utils.checkpoint import Meta
 from utils.config import Config
@@ -84,8 +85,11 @@ class Run:
     def learner(self, networks: Sequence[nn.Module]) -> Students:
         """The learner of these networks; raises a UserError if they do not fit the images or the classes."""
         num_classes = len(self.dataset.classes)
-        check_fits(networks[0], self.config.trained_model, self.dataset.input_size, num_classes)
-        return METHODS[self.config.method].learner(self.config, networks, num_classes)
+        method, name, size = METHODS[self.config.method], self.config.trained_model, self.dataset.input_size
+        check_fits(networks[0], name, size, num_classes)
+        if method.has_online_teacher(self.config):
+            check_features(networks[0], name, size)
+        return method.learner(self.config, networks, num_classes)
 
     def trainer(self, learner: Students) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
