@@ -25,7 +25,7 @@ from model import architecture_of, build, check_architecture, check_teacher, var
 from model.conv import count_cheap
 from model.convert import RULE, remarks
 from model.online import Students
-from model.weights import load_weights
+from model.weights import load_weights, place
 from utils import checkpoint, report
 from utils.checkpoint import Inputs, Meta
 from utils.config import BEST, RESUME_LAST, Config
@@ -143,7 +143,7 @@ def print_test(config: Config) -> None:
         run = prepare(config, [], trained=(path, meta))
         learner = run.learner(students)
         load_weights(learner, content.model, str(path))
-        learner = learner.to(run.device, memory_format=torch.channels_last)
+        learner = place(learner, run.device)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:
         several = [f"student {i + 1}" for i in range(len(learner.students))]

@@ -20,14 +20,17 @@ def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], 
     Raises:
         UserError: they do not match.
     """
-    expected = None
-    with suppress(Exception), torch.device("meta"):
-        expected = builder().state_dict()
-    if expected is not None:
-        check_match(expected, weights, source)
+    check_match(outline(builder), weights, source)
     network = builder()
     load_weights(network, weights, source)
     return network
+
+
+def outline(builder: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """The state dict of the network that `builder` builds, on the meta device if it can be built there."""
+    with suppress(Exception), torch.device("meta"):
+        return builder().state_dict()
+    return builder().state_dict()
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -59,6 +62,12 @@ def load_momentum(optimizer: torch.optim.SGD, state_dict: dict[str, Any], source
     if buffers:  # zeros for parameters that have had no gradient so far
         states = {i: {"momentum_buffer": buffers.get(str(i), torch.zeros_like(own[i]))} for i in range(len(own))}
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def place(network: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a network to a device, its weights (O, I, H, W) in channels_last; torch refuses those with more axes."""
+    formats = {4: torch.channels_last}
+    return network._apply(lambda t: t.to(device, memory_format=formats.get(t.dim(), torch.preserve_format)))
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.weights import place
 from utils.errors import UserError, first_line
 
 
@@ -52,7 +53,7 @@ def check_fits(model: nn.Module, name: str, input_size: Sequence[int], num_class
 
 def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     """Output for one image, computed by a copy on the meta device, in channels_last as in training."""
-    shadow = copy.deepcopy(model).to("meta", memory_format=torch.channels_last).eval()
+    shadow = place(copy.deepcopy(model), "meta").eval()
     image = torch.empty(1, *input_size[-3:], device="meta").to(memory_format=torch.channels_last)
     with torch.no_grad():
         return shadow(image)
@@ -60,7 +61,7 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 def forward_pass(network: nn.Module, images: Tensor, device: torch.device) -> Callable[[], Tensor]:
     """A call of the network on images (B, C, H, W), for `latency`, both moved to the device; sets eval mode."""
-    network = network.to(device, memory_format=torch.channels_last).eval()
+    network = place(network, device).eval()
     return partial(network, images.to(device, memory_format=torch.channels_last))
 
 

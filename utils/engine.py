@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.loader import AugmentedBatches, Batches, epoch_seed
 from model.online import Students
-from model.weights import load_momentum, load_weights
+from model.weights import load_momentum, load_weights, place
 from utils import checkpoint, distributed
 from utils.checkpoint import Meta, Progress, TrainingCheckpoint
 from utils.config import Config
@@ -52,7 +52,7 @@ class Trainer:
     ):
         execution = execution or Execution()
         self.config, self.device, self.precision = config, device, precision
-        self.learner = learner.to(device, memory_format=torch.channels_last)
+        self.learner = place(learner, device)
         self.teacher = teacher if config.miu else None
         self.environment = environment(device, precision, execution)
 
