@@ -1,42 +1,67 @@
-"""Checkpoints that other projects published, as state dicts for this project's networks.
+"""Checkpoints that other projects published, as networks of this project.
 
 `PROJECTS` has one entry a project. Files are recognized by their keys and by the key under which they keep the state
 dict. The keys of all projects are renamed in a file of any, so that a file that was saved again without its wrapper
 loads, too; only its normalization is then unknown.
 """
 
+import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.external import FROM_TENSORFLOW, is_external
+from model.weights import check_match, load_weights, outline
 from utils.errors import UserError
 from utils.files import is_state_dict
 from utils.normalization import NORMALIZATIONS, MeanStd
 
-SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
-WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts save the state dict
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+# Ends of the names of checkpoints in a folder.
+SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".pth.tar", ".pt.tar", "model.bin", ".safetensors")
+# Keys under which training scripts save the state dict, preferred to others.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+CONTAINERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
+COUNTERS = re.compile(r"(?:^|\.)total_(?:ops|params)$")  # left in a network by thop, which counts operations
 
 Names = dict[str, str | None]  # regular expression -> replacement, or None to drop the key
+Outline = Callable[..., Mapping[str, Tensor]]  # keyword arguments of a variant -> outline of the network
 
 
 @dataclass(frozen=True)
 class _File:
-    """A published checkpoint before its keys are renamed. `wrapper` is the one of WRAPPERS that it has, if any."""
+    """A state dict of a published checkpoint, as one of the networks that it may be of.
+
+    Attributes:
+        wrapper: the key that it is under, if any.
+        original: its weights without prefixes, and `weights` under this project's keys.
+        variant: keyword arguments of `model.build` for the variant of the network that they fit.
+        network: outline of that network.
+    """
 
     arch: str
     wrapper: str | None
-    weights: dict[str, Tensor]
+    original: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
     variant: dict[str, Any]
+    network: Mapping[str, Tensor]
 
     def has(self, pattern: str) -> bool:
-        return any(re.search(pattern, key) for key in self.weights)
+        return any(re.search(pattern, key) for key in self.original)
+
+    @property
+    def differences(self) -> int:
+        """How many keys are missing, unexpected or misshapen."""
+        own, given = (
+            {(key, value.shape) for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+            for weights in (self.network, self.weights)
+        )
+        return len(own ^ given)
 
 
 @dataclass(frozen=True)
@@ -55,31 +80,90 @@ class Project:
     normalization: MeanStd | Callable[[str], MeanStd | None] | None = None
 
 
-def read(content: Any, arch: str, name: str, source: str) -> tuple[dict[str, Tensor], dict[str, Any], MeanStd | None]:
-    """Read the content of a published checkpoint for the network `name` of the architecture `arch`.
+def load(
+    content: Any, arch: str, name: str, builder: Callable[..., nn.Module], source: str
+) -> tuple[nn.Module, MeanStd | None, str]:
+    """Load the content of a published checkpoint into the network `name` of the architecture `arch`.
+
+    Keys are taken as they are if they match the network, else without the prefixes of wrappers or a prefix that all of
+    them have.
+
+    Args:
+        builder: builds the network from keyword arguments of `model.build` for its variant.
+        source: description of the file and the network, for messages.
 
     Returns:
-        The weights under this project's keys; keyword arguments of `model.build` for the variant of the network that
-        they fit; and mean and std of the images that it was trained on, None if unknown.
+        The network; mean and std of the images that it was trained on, None if unknown; and a description of the
+        layout that was recognized.
 
     Raises:
-        UserError: it contains no state dict, neither bare nor under one of WRAPPERS.
+        UserError: it contains no state dict, none that matches the network, or several.
     """
-    wrapper = next((key for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
-    weights = content[wrapper] if wrapper else content
-    if not is_state_dict(weights):
-        raise UserError(f"{source} holds no state dict, neither bare nor under {', '.join(WRAPPERS)}")
-    original = {_without_prefixes(key): value for key, value in weights.items()}
-    weights = original
+    dicts = _state_dicts(content)
+    if not dicts:
+        raise UserError(f"{source}: the file has no state dict, neither bare nor under a key such as {WRAPPERS[0]}")
+    outline_of = functools.cache(lambda **variant: outline(partial(builder, **variant)))
+    files = [_closest(arch, key, weights, outline_of) for key, weights in dicts.items()]
+    file = min(files, key=lambda file: file.differences)
+    fitting = [other.wrapper for other in files if not other.differences]
+    if len(fitting) > 1 and file.wrapper not in WRAPPERS:
+        raise UserError(
+            f"{source}: the file has several such state dicts, {', '.join(fitting)}: save one of them alone"
+        )
+    check_match(file.network, file.weights, source)
+    network = builder(**file.variant)
+    load_weights(network, file.weights, source)
+    project = next(project for project in PROJECTS if project.recognizes(file))
+    normalization = project.normalization(name) if callable(project.normalization) else project.normalization
+    place = f" under '{file.wrapper}'" if file.wrapper else ""
+    return network, normalization, f"state dict{place} in the layout of {project.name}"
+
+
+def _state_dicts(content: Any) -> dict[str | None, dict[str, Tensor]]:
+    """The state dicts of a file under their keys, those of WRAPPERS first; None is the key of a bare one."""
+    if is_state_dict(content):
+        return {None: content}
+    found = {key: value for key, value in content.items() if is_state_dict(value)} if isinstance(content, dict) else {}
+    return {key: found[key] for key in (*WRAPPERS, *found) if key in found}
+
+
+def _without_prefixes(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A state dict as it is, without the containers of its modules, and without each prefix that all keys then have."""
+    yield dict(weights)
+    bare = {CONTAINERS.sub("", key): value for key, value in weights.items()}
+    if len(bare) < len(weights):  # keys that differ in nothing else
+        return
+    yield bare
+    while len({key.partition(".")[0] for key in bare}) == 1 and all("." in key for key in bare):
+        bare = {key.partition(".")[2]: value for key, value in bare.items()}
+        yield bare
+
+
+def _closest(arch: str, wrapper: str | None, weights: Mapping[str, Tensor], outline_of: Outline) -> _File:
+    """The first spelling of the keys that matches the network, or else the one with the fewest differences."""
+    files = []
+    for original in _without_prefixes(weights):
+        files.append(_adapt(arch, wrapper, original, outline_of))
+        if not files[-1].differences:
+            break
+    return min(files, key=lambda file: file.differences)
+
+
+def _adapt(arch: str, wrapper: str | None, original: Mapping[str, Tensor], outline_of: Outline) -> _File:
+    """The weights under this project's keys, and the variant of the network that they fit."""
+    weights = {
+        key: value
+        for key, value in original.items()
+        # A counter in floating point was cast with the weights; in half precision it may have overflowed.
+        if not (COUNTERS.search(key) or (key.endswith("num_batches_tracked") and value.is_floating_point()))
+    }
     for project in PROJECTS:
         names = project.names.get("torchvision" if is_external(arch) else arch, {})
         weights = _rename(weights, names(weights) if callable(names) else names)
     if arch in ("vgg", "googlenet"):
         weights = _fold_biases(weights)
     variant = _VARIANTS[arch](weights) if arch in _VARIANTS else {}
-    file = _File(arch, wrapper, original, variant)
-    normalization = next((project.normalization for project in PROJECTS if project.recognizes(file)), None)
-    return weights, variant, normalization(name) if callable(normalization) else normalization
+    return _File(arch, wrapper, original, weights, variant, outline_of(**variant))
 
 
 def load_safetensors(file: Path) -> dict[str, Tensor]:
@@ -129,7 +213,7 @@ PROJECTS = (
         },
         _torchvision_normalization,
     ),
-    Project("a Python file", lambda file: is_external(file.arch)),
+    Project("the Python file", lambda file: is_external(file.arch)),
     Project(
         "weiaicunzai/pytorch-cifar100",
         lambda file: file.has(r"residual_function") or file.variant.get("hidden") == 4096,
@@ -185,6 +269,7 @@ PROJECTS = (
         lambda file: file.arch in ("resnet", "vgg"),
         {"resnet": {r"\.downsample\.": ".shortcut."}},
     ),
+    Project("this program", lambda file: True),
 )
 
 
@@ -202,12 +287,6 @@ def _vgg_variant(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 _VARIANTS = {"resnet": _resnet_variant, "vgg": _vgg_variant}
-
-
-def _without_prefixes(key: str) -> str:
-    while key.startswith(PREFIXES):
-        key = key.partition(".")[2]
-    return key
 
 
 def _rename(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:

@@ -321,7 +321,7 @@ def test_teacher_dir_may_be_a_file_or_a_folder_that_holds_one(tmp_path):
     assert find_file(tmp_path, "resnet_20") == tmp_path / "one.th"
     assert find_file(tmp_path / "one.th", "resnet_20") == tmp_path / "one.th"
     (tmp_path / "two.pth").touch()
-    with pytest.raises(ValueError, match=r"one\.th and two\.pth"):
+    with pytest.raises(ValueError, match=r"one\.th, two\.pth: name one"):
         find_file(tmp_path, "resnet_20")
     (tmp_path / "resnet_20.pt").touch()
     assert find_file(tmp_path, "resnet_20") == tmp_path / "resnet_20.pt"

@@ -1,6 +1,7 @@
 """The pretrained teacher sees images as it was trained to, and must know better than guessing."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import data
 import model
 from data.loader import Batches
 from data.sources import Split
+from main import with_networks
 from model import published
 from tests.helpers import fail, meta, succeed
 from utils import checkpoint, options
@@ -94,8 +96,10 @@ def test_exported_teacher_says_how_it_was_trained(tmp_path):
     ],
 )
 def test_libraries_state_the_normalization_of_their_weights(arch, name, expected):
-    network = model.build(name, arch=arch)
-    assert published.read(network.state_dict(), arch, name, "a file")[2] == expected
+    builder = partial(model.build, name, arch=arch)
+    _, normalization, layout = published.load(builder().state_dict(), arch, name, builder, "a file")
+    assert normalization == expected
+    assert layout == f"state dict in the layout of {arch}"
 
 
 def test_library_weights_load_as_their_files_are(tmp_path):
@@ -154,6 +158,7 @@ def test_a_teacher_near_the_most_frequent_class_is_refused(right, works):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["main.py", "finetune.py"])
 def test_a_teacher_that_guesses_stops_the_run_unless_forced(runs, tmp_path, script):
+    torch.manual_seed(0)
     torch.save(model.build("resnet_20").state_dict(), tmp_path / "teacher.pt")
     own = ("--teacher_model", "resnet_20", "--dataset", "digits") if script == "main.py" else runs.refine_flags
     flags = (*own, "--teacher_dir", tmp_path / "teacher.pt", "--num_epochs", 1, "--job_dir", tmp_path / "job")
@@ -196,7 +201,7 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path):
     logits, given = network(images), teacher(images)
     for i, name in enumerate(order):
         torch.testing.assert_close(given[:, name], logits[:, i])
-    assert "class 0 is '3' there and '0' in the data" in remarks[0]
+    assert "class 0 is '3' there and '0' in the data" in remarks[1]
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -254,5 +259,39 @@ def test_a_public_checkpoint_s_accuracy_is_said_to_be_no_measure(tmp_path):
     torch.save(model.build("resnet_20").state_dict(), tmp_path / "public.pt")
     _, dataset, flags = of_digits(tmp_path / "teacher.pt")
     flags[-1] = str(tmp_path / "public.pt")
-    assert "is no measure" in load(flags, dataset)[1][0]
-    assert load([*flags, "--val_size", "0"], data.load("digits", None, 0))[1] == []  # it validates on the test set
+    assert "is no measure" in load(flags, dataset)[1][1]
+    assert len(load([*flags, "--val_size", "0"], data.load("digits", None, 0))[1]) == 1  # it validates on the test set
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_family_of_this_project(tmp_path):
+    """Its students, their file and the runs that go on from it need no further flag."""
+    torch.manual_seed(0)
+    torch.save({"net": model.build("densenet_40").state_dict()}, tmp_path / "teacher.pth")
+    small = ("--dataset", "digits", "--num_epochs", 1, "--train_size", 32, "--val_size", 32)
+    teacher = ("--teacher_dir", tmp_path / "teacher.pth", "--force")
+    networks = ("--teacher_model", "densenet_40", "--student_model", "resnet_20_sparse")
+    output = succeed("main.py", *small, *networks, *teacher, "--num_students", 1, "--job_dir", tmp_path / "job")
+    assert f"{tmp_path / 'teacher.pth'}: state dict under 'net' in the layout of kuangliu/pytorch-cifar" in output
+    assert "densenet_40 -> resnet_20_sparse" in output
+    student = tmp_path / "job" / "resnet_pruned_18.pt"
+    description = checkpoint.load_student(student)[1]
+    assert (description["arch"], description["model"]) == ("resnet", "resnet_20_sparse")
+    refine = ("--refine", student, "--pruned", *small[2:], *teacher)
+    assert "densenet_40, standard" in succeed("finetune.py", *refine, "--job_dir", tmp_path / "refined")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "resnet", "--teacher_model", "vgg_16_bn"], "vgg_16_bn_sparse is not a network of --arch resnet"),
+        (["--arch", "vgg", "--teacher_model", "vgg_16_bn", "--student_model", "resnet_20_sparse"], "not a network of"),
+        (["--arch", "resnt", "--teacher_model", "vgg_16_bn"], "unknown architecture 'resnt': try resnet"),
+        (["--pretrain", "--arch", "vgg", "--teacher_model", "resnet_20"], "resnet_20 is not a network of --arch vgg"),
+        (["--teacher_model", "vgg_16_bn", "--student_model", "resnet_21_sparse"], "unknown network 'resnet_21_sparse'"),
+        (["--teacher_model", "vgg_16_bn_sparse"], "the teacher is the standard network"),
+    ],
+)
+def test_contradictions_of_networks_and_architecture(flags, message):
+    with pytest.raises(UserError, match=message):
+        with_networks(options.parse("main", flags))

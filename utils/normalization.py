@@ -26,6 +26,12 @@ def parse(text: str) -> MeanStd:
     return mean, std
 
 
+def describe(normalization: MeanStd) -> str:
+    """The inverse of `parse`."""
+    same = (name for name, known in NORMALIZATIONS.items() if known == normalization)
+    return next(same, "/".join(",".join(f"{value:.4g}" for value in part) for part in normalization))
+
+
 def is_plausible(mean: Sequence[float], std: Sequence[float]) -> bool:
     """Whether they are three means and three standard deviations that one can divide by."""
     return len(mean) == len(std) == 3 and all(-1e3 < x < 1e3 for x in mean) and all(1e-3 < x < 1e3 for x in std)

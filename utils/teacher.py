@@ -1,6 +1,7 @@
 """The pretrained teacher: a standard network from an exported file or a published checkpoint."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,13 @@ from data.loader import Batches
 from data.sources import DataSet, first_difference
 from model import architecture_of, build, published, variant_for
 from model.convert import add_noise, inherit, not_inherited
-from model.weights import build_with
+from model.weights import place
 from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, restore
 from utils.config import Config
 from utils.cost import check_fits
 from utils.errors import UserError
 from utils.metrics import Accuracy, accuracy
-from utils.normalization import MeanStd, parse
+from utils.normalization import MeanStd, describe, parse
 
 PUBLIC = (
     "the pretrained teacher is a public checkpoint, as a rule trained on all training images, those of the validation "
@@ -69,24 +70,26 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
     if not config.teacher_dir:
         return None, []
     name, file = config.teacher_model, find_file(config.teacher_dir, config.teacher_model)
-    variant = variant_for(config.arch, name, dataset.input_size)
+    arch = architecture_of(name, config.arch)
+    variant = variant_for(arch, name, dataset.input_size)
     num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
-    teacher, meta = load_teacher(file, name, num_classes, device, config.arch, variant, given, config.teacher_norm)
+    teacher, meta, remark = load_teacher(file, name, num_classes, device, arch, variant, given, config.teacher_norm)
     check_fits(teacher, name, dataset.input_size, num_classes)
     if meta is None:
-        return teacher, [] if dataset.val is dataset.test else [PUBLIC]
+        return teacher, [remark] if dataset.val is dataset.test else [remark, PUBLIC]
     if not config.test_only:
         check_unseen(meta, dataset, config, file)
     difference = first_difference(meta.classes, dataset.classes)
     if difference and sorted(meta.classes) == sorted(dataset.classes):
         teacher = Reordered(teacher, [meta.classes.index(label) for label in dataset.classes]).to(device).eval()
-        return teacher, [f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"]
+        reordered = f"the pretrained teacher's logits are put into the order of the data's classes: {difference}"
+        return teacher, [remark, reordered]
     if difference and not config.force:
         raise UserError(
             f"{file} knows other classes than {dataset.name} has ({difference}): take another teacher, or --force to "
             "match them by their order"
         )
-    return teacher, []
+    return teacher, [remark]
 
 
 def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> None:
@@ -185,7 +188,7 @@ def load_teacher(
     variant: dict[str, Any] | None = None,
     given: MeanStd | None = None,
     norm: str | None = None,
-) -> tuple[nn.Module, Meta | None]:
+) -> tuple[nn.Module, Meta | None, str]:
     """Load the standard network `name`, frozen and in eval mode.
 
     Args:
@@ -197,7 +200,7 @@ def load_teacher(
             else `given`.
 
     Returns:
-        The network, and the metadata of an exported one.
+        The network; the metadata of an exported one; and a remark on the layout of the file and the normalization.
 
     Raises:
         UserError: no such file, no checkpoint, or one of another architecture, width or number of classes.
@@ -213,15 +216,20 @@ def load_teacher(
         if meta.num_classes != num_classes:
             raise UserError(f"{file} knows {meta.num_classes} classes, the data has {num_classes}")
         network, _ = restore(file, content.state_dict, meta, arch)
-        wanted = meta.mean, meta.std
+        wanted, layout = (tuple(meta.mean), tuple(meta.std)), "exported by this program"
     else:
-        weights, fitting, wanted = published.read(content, arch, name, str(file))
-        builder = partial(build, name, num_classes, arch=arch, **(variant or {}) | fitting)
-        network = build_with(weights, builder, f"{file} as {name} with {num_classes} classes")
-    wanted = parse(norm) if norm else wanted
+        builder = partial(build, name, num_classes, arch=arch, **(variant or {}))
+        source = f"{file} as {name} with {num_classes} classes"
+        network, wanted, layout = published.load(content, arch, name, builder, source)
+    remark = f"{file}: {layout}; normalization of the teacher: "
+    if norm:
+        wanted = parse(norm)
+        remark += f"{describe(wanted)} (--teacher_norm)"
+    else:
+        remark += describe(wanted) if wanted else "that of the students, since none is known (--teacher_norm sets it)"
     if given and wanted and not np.allclose(given, wanted):
         network = Renormalized(network, given, wanted)
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+    return place(network, device).eval().requires_grad_(False), meta, remark
 
 
 def find_file(path: Path, name: str) -> Path:
@@ -236,11 +244,12 @@ def find_file(path: Path, name: str) -> Path:
         return path
     if (path / f"{name}.pt").is_file():
         return path / f"{name}.pt"
-    found = sorted(file for file in path.iterdir() if file.suffix in published.SUFFIXES and file.is_file())
+    names = (name for name in sorted(os.listdir(path)) if name.endswith(published.SUFFIXES) and name[0] != ".")
+    found = [path / name for name in names if (path / name).is_file()]
     if not found:
         suffixes = ", ".join(published.SUFFIXES)
         raise UserError(f"--teacher_dir {path} holds no checkpoint ({suffixes}): name the file itself")
     if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise UserError(f"--teacher_dir {path} holds {names}: name one of them")
+        rest = f", {len(found) - 2:,} more" if len(found) > 2 else ""
+        raise UserError(f"--teacher_dir {path} holds {found[0].name}, {found[1].name}{rest}: name one of them")
     return found[0]
