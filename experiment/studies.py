@@ -8,45 +8,30 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """
-    Attributes:
-        variant: its name in the names of runs.
-        flags: with --pretrain the row trains a standard network, and the table's flags do not apply.
-        teacher: variant of the row whose exported network is the pretrained teacher (--teacher_dir).
-        seeds: None for those of the study.
-    """
+    """Runs that differ in their seeds."""
 
     title: str
-    variant: str
-    flags: str
-    teacher: str | None = None
-    seeds: int | None = None
+    variant: str  # in the names of its runs
+    flags: str  # with --pretrain the row trains a standard network, and the table's flags do not apply
+    teacher: str | None = None  # variant of the row whose exported network is the pretrained teacher (--teacher_dir)
+    seeds: int | None = None  # None for those of the study
 
 
 class Table(NamedTuple):
-    """Rows that are compared with each other.
+    """Rows that are compared with each other."""
 
-    Attributes:
-        key: first part of the names of its runs.
-        flags: of its students.
-    """
-
-    key: str
+    key: str  # first part of the names of its runs
     title: str
-    flags: str
+    flags: str  # of its students
     rows: tuple[Row, ...]
 
 
 class Study(NamedTuple):
-    """
-    Attributes:
-        data: what --data_dir has to contain; None if the study needs no --data_dir.
-        flags: of every run.
-    """
+    """Tables on the same data."""
 
     title: str
-    data: str | None
-    flags: str
+    data: str | None  # content of --data_dir; None if the study needs no --data_dir
+    flags: str  # of every run
     tables: tuple[Table, ...]
     seeds: int = 3
 

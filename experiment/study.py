@@ -86,18 +86,14 @@ def grid(study: str, only: str = "*") -> Iterator[Run]:
 
 
 class Runner:
-    """Trains the runs of a study, several at a time, in folders of `out`, and records what they achieved.
-
-    Attributes:
-        slots: environment variables, for each run that may be started now.
-        running: the processes of the runs in training, with their slots.
-    """
+    """Trains the runs of a study, several at a time, in folders of `out`, and records their results."""
 
     def __init__(self, out: Path, data_dir: Path | None, jobs: int | None):
         self.out, self.data_dir = out, data_dir
         gpus, cpus = torch.cuda.device_count(), cores()
         self.jobs = jobs or gpus or cpus
         threads = {"OMP_NUM_THREADS": str(max(1, cpus // self.jobs))}
+        # Environment variables of each run that may be started now.
         self.slots = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else threads for i in range(self.jobs)]
         self.waiting: list[Run] = []
         self.running: dict[Run, tuple[subprocess.Popen, dict[str, str]]] = {}

@@ -27,17 +27,11 @@ MOST_CONFUSED = 100  # classes up to which report.json holds the confusion matri
 
 @dataclass(frozen=True)
 class Results:
-    """The networks of a run and their one evaluation on the test set.
+    """The networks of a run and their only evaluation on the test set."""
 
-    Attributes:
-        rows: the standard network first; the exported one has its network.
-        confusion: (K, K) test images of the exported network by class (row) and predicted class (column).
-        disagreement: percentage of the test images for which two students predict different classes, over all pairs.
-    """
-
-    rows: list[Row]
-    confusion: np.ndarray
-    disagreement: float | None = None
+    rows: list[Row]  # the standard network first; the exported one has its network
+    confusion: np.ndarray  # (K, K) test images of the exported network by class (row) and predicted class (column)
+    disagreement: float | None = None  # as in utils.metrics.Scores
 
 
 def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:

@@ -37,23 +37,16 @@ class ClassAccuracy(NamedTuple):
 
 @dataclass
 class Row:
-    """Accuracies and costs of a network of a run; None if unknown.
+    """Accuracies and costs of a network of a run; None if unknown."""
 
-    Attributes:
-        name: title in tables; code uses the role.
-        role: "standard", "student", "before" (the student that finetune.py refined) or "online_teacher".
-        network: its latency is measured if it is given.
-        latencies: by runtime and batch size.
-    """
-
-    name: str
-    role: str
+    name: str  # title in tables; code uses the role
+    role: str  # "standard", "student", "before" (the student that finetune.py refined) or "online_teacher"
     cost: Cost
     val: Accuracy | None = None
     test: Accuracy | None = None
-    network: nn.Module | None = None
+    network: nn.Module | None = None  # its latency is measured if it is given
     exported: bool = False
-    latencies: dict[tuple[str, int], Latency] = field(default_factory=dict)
+    latencies: dict[tuple[str, int], Latency] = field(default_factory=dict)  # by runtime and batch size
     file_bytes: int | None = None
     onnx_bytes: int | None = None
 
@@ -91,20 +84,13 @@ def read_row(summary: dict[str, Any]) -> Row:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A cost, compared with the standard network's.
+    """A cost, compared with the standard network's."""
 
-    Attributes:
-        key: its name in report.json.
-        value: from a row, None if unknown.
-        text: from a row with a known value.
-        words: for a cost smaller than, larger than and equal to the standard network's.
-    """
-
-    key: str
+    key: str  # in report.json
     title: str
-    value: Callable[[Row], float | None]
-    text: Callable[[Row], str]
-    words: tuple[str, str, str] = ("smaller", "larger", "as large")
+    value: Callable[[Row], float | None]  # None if unknown
+    text: Callable[[Row], str]  # of a known value
+    words: tuple[str, str, str] = ("smaller", "larger", "as large")  # than the standard network's cost
 
     def ratio(self, standard: Row, row: Row) -> float | None:
         """The standard network's cost divided by this one's: above 1 is better. None if one of them is unknown."""
