@@ -100,7 +100,7 @@ def results(run: Run, trainer: Trainer, before: nn.Module, source: Meta) -> Resu
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     config, size, splits = run.config, run.dataset.input_size, (run.loaders.val, run.loaders.test)
     now, then, known = config.recorded(), source.config, {}
-    if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "val_size")):
+    if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "labels", "val_size")):
         known = {row.role: row for row in map(read_row, source.networks or [])}
     standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
     found = [None, None]

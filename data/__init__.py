@@ -30,6 +30,7 @@ def load(
     workers: int = 1,
     image_size: int | None = None,
     train_size: float | None = None,
+    labels: Path | None = None,
 ) -> DataSet:
     """Load a data set by name and split a validation set from its training set.
 
@@ -44,17 +45,23 @@ def load(
         workers: threads that decode images to memory.
         image_size: height and width of streamed images, by default 224. With it, small images stream, too.
         train_size: fraction (below 1) or number of the remaining training images to keep, stratified. Default: all.
+        labels: CSV file with the classes of a folder's images, which then need no class folders (data/labels.py).
 
     Raises:
-        UserError: the name is unknown, the data is missing or malformed, image_size is given for a data set that does
-            not stream, or val_size or train_size does not fit the number of images.
+        UserError: the name is unknown, the data is missing or malformed, image_size or labels are given for a data
+            set that takes none, or val_size or train_size does not fit the number of images.
     """
     if name not in NAMES:
         raise UserError(f"unknown data set '{name}': choose from {', '.join(NAMES)}")
+    if labels and name != "folder":
+        raise UserError(f"--labels is for --dataset folder: {name} has its own, leave it out")
     if name in ("imagenet", "folder"):
         if data_dir is None:
             raise UserError(f"--dataset {name} needs --data_dir, the folder with train/<class>/* and val/<class>/*")
-        dataset = imagenet(data_dir, image_size) if name == "imagenet" else folder(data_dir, workers, image_size)
+        if name == "imagenet":
+            dataset = imagenet(data_dir, image_size)
+        else:
+            dataset = folder(data_dir, workers, image_size, labels)
     elif image_size:
         raise UserError(f"--image_size is for imagenet and folder: {name} has images of one size, leave it out")
     else:

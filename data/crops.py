@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.images import read
+from data.images import read, reduction_below_limit
 from data.sources import Preprocessing
 
 try:
@@ -84,18 +84,18 @@ def read_region(path: bytes, choose: Callable[[Image.Image], Region]) -> Tensor:
 
     Raises: as `data.images.read` does.
     """
-    region = None
+    region, factor = None, 1
     with suppress(Exception), open(path, "rb") as file, warnings.catch_warnings():  # `read` finds the reason
         warnings.simplefilter("ignore")
         with Image.open(file) as image:
-            region, width, pixels = choose(image), image.width, image.width * image.height
-            small = region.reduction == 1 and pixels <= (Image.MAX_IMAGE_PIXELS or pixels)
-            if decode_jpeg and small and image.format in ("JPEG", "MPO"):
+            region, width = choose(image), image.width
+            factor = max(region.reduction, reduction_below_limit(image))
+            if decode_jpeg and factor == 1 and image.format in ("JPEG", "MPO"):
                 file.seek(0)
                 encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
                 return region.cut(decode_jpeg(encoded, ImageReadMode.RGB))
     if not region:
         image = read(path)
         return choose(image).cut(F.pil_to_tensor(image))
-    image = read(path, region.reduction)
-    return region.cut(F.pil_to_tensor(image), region.reduction if image.width < width else 1)
+    image = read(path, factor)
+    return region.cut(F.pil_to_tensor(image), factor if image.width < width else 1)

@@ -1,57 +1,104 @@
-"""Trees of image files, `train/<class>/*` and `test|val/<class>/*`: small images go to memory, others stream."""
+"""Folders of image files with their classes, from a tree or a CSV file: small images go to memory, others stream."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data.images import SkippedImages, read_small
+from data.images import DamagedImage, OtherSize, SkippedImages, decode, read, usual_size
+from data.labels import labeled_files
 from data.sources import DataSet, Split, channel_statistics
+from data.tree import Found, classified_files
 from utils.errors import UserError
 from utils.normalization import NORMALIZATIONS, MeanStd
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*)"
 LARGEST = 64  # pixels on each side of images that are kept in memory
 IMAGE_SIZE = 224  # default height and width of streamed images
+COMPARED = 16  # images of which sizes and pixels are compared before they stream
 
 
-def folder(data_dir: Path, workers: int, image_size: int | None = None) -> DataSet:
+def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: Path | None = None) -> DataSet:
     """Load the images under data_dir. With both test/ and val/, val/ is the validation set.
 
     Images of a single size of at most LARGEST x LARGEST are kept in memory unless image_size is given.
 
+    Args:
+        labels: a CSV file with the classes of the images, see `labeled_files`. Default: they are in class folders.
+
     Raises:
-        UserError: as `image_tree`, or too many images cannot be read.
+        UserError: as `classified_files`, `labeled_files` and `split_by_class`, or too many images cannot be read.
     """
     root = data_dir.resolve()
-    classes, splits = image_tree(root, ("train", "test", "val"))
+    found = labeled_files(root, labels) if labels else classified_files(root, ("train", "test", "val"))
+    if image_size:
+        return streamed("folder", found, image_size)
+    classes, splits = split_by_class(found)
     paths = np.concatenate([split.images for split in splits.values()])
-    small = None if image_size else read_small(paths, LARGEST, workers)
-    if small is None:
-        return streamed("folder", classes, splits, image_size)
+    size = usual_size(paths[_evenly(len(paths))])
+    if max(size) > LARGEST:
+        return streamed("folder", found)
+    try:
+        images, damaged = decode(paths, size, workers)
+    except OtherSize as other:
+        remark = (
+            f"All images are scaled to {IMAGE_SIZE} x {IMAGE_SIZE} and read in every epoch, because they are of more "
+            f"than one size: {other}. Images of one size, at most {LARGEST} x {LARGEST}, stay as they are, in memory."
+        )
+        return streamed("folder", found._replace(remarks=[*found.remarks, remark]))
 
-    images, damaged = small
     skipped = SkippedImages(len(paths))
     skipped.add({paths[index]: reason for index, reason in damaged.items()})
     start = 0
-    for name, split in splits.items():
+    for use, split in splits.items():
         kept = np.setdiff1d(np.arange(start, start + len(split)), list(damaged))
         if not len(kept):
-            raise UserError(f"none of the images in {root / name} can be read: repair them")
-        splits[name] = Split(images[kept], split.targets[kept - start])
+            raise UserError(f"none of the images in {found.places[use]} can be read: repair them")
+        splits[use] = Split(images[kept], split.targets[kept - start])
         start += len(split)
     padding = images.shape[1] // 8  # 4 pixels of 32, as in CIFAR's recipe
-    return _data_set("folder", classes, splits, channel_statistics(splits["train"].images), padding, skipped)
+    statistics = channel_statistics(splits["train"].images)
+    remarks = [*found.remarks, *_likeness(splits["train"].images)]
+    return _data_set("folder", classes, splits, statistics, padding, skipped, remarks)
 
 
-def streamed(name: str, classes: list[str], splits: dict[str, Split], image_size: int | None) -> DataSet:
+def streamed(name: str, found: Found, image_size: int | None = None) -> DataSet:
     """A data set whose images are read from their files in every epoch."""
+    classes, splits = split_by_class(found)
+    paths = splits["train"].images
+    remarks = [*found.remarks, *_likeness(_readable(paths[_evenly(len(paths))]))]
     skipped = SkippedImages(sum(map(len, splits.values())))
-    dataset = _data_set(name, classes, splits, NORMALIZATIONS["imagenet"], padding=0, skipped=skipped)
+    dataset = _data_set(name, classes, splits, NORMALIZATIONS["imagenet"], 0, skipped, remarks)
     return replace(dataset, image_size=image_size or IMAGE_SIZE)
+
+
+def split_by_class(found: Found) -> tuple[list[str], dict[str, Split]]:
+    """The classes in training, and the splits by use; images are sorted by class and path.
+
+    Raises:
+        UserError: a split has no images or a class that train lacks, or classes are too few.
+    """
+    classes = sorted(found.files["train"])
+    if len(classes) < 2:
+        raise UserError(
+            f"{found.places['train']} holds {len(classes)} class(es), at least 2 are needed: {found.layout}"
+        )
+    splits = {}
+    for use, by_class in found.files.items():
+        if unknown := sorted(by_class.keys() - classes):
+            raise UserError(f"{found.places[use]} has a class that train does not have: {unknown[0]}")
+        if not any(by_class.values()):
+            raise UserError(f"no images in {found.places[use]}: {found.layout}")
+        files = [sorted(by_class.get(name, [])) for name in classes]
+        if use == "train" and not all(files):
+            raise UserError(
+                f"no images in {found.places[use]} of the class {classes[files.index([])]}: add some that Pillow reads"
+            )
+        # Bytes take a fraction of the memory of a million strings, and worker processes share them.
+        paths = np.array([os.fsencode(path) for paths in files for path in paths])
+        splits[use] = Split(paths, np.repeat(np.arange(len(classes)), list(map(len, files))))
+    return classes, splits
 
 
 def _data_set(
@@ -61,51 +108,36 @@ def _data_set(
     statistics: MeanStd,
     padding: int,
     skipped: SkippedImages,
+    remarks: list[str],
 ) -> DataSet:
     """The splits in their roles: val/ is the test set if there is no test/."""
     roles = splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
     mean, std = statistics
-    return DataSet(name, classes, **roles, mean=mean, std=std, padding=padding, flip=True, skipped=skipped)
+    return DataSet(
+        name, classes, **roles, mean=mean, std=std, padding=padding, flip=True, skipped=skipped, remarks=remarks
+    )
 
 
-def image_tree(root: Path, names: Sequence[str]) -> tuple[list[str], dict[str, Split]]:
-    """The classes in root/train, and the image files of each split in `names` that exists, sorted by class and name.
-
-    Raises:
-        UserError: the tree is missing, a split has no images or a class that train lacks, or classes are too few.
-    """
-    names = [name for name in names if (root / name).is_dir()]
-    if "train" not in names:
-        raise UserError(f"{root} has no folder train: {LAYOUT}")
-    if len(names) == 1:
-        raise UserError(f"{root} has neither test nor val: {LAYOUT}")
-    classes = _class_names(root / "train")
-    if len(classes) < 2:
-        raise UserError(f"{root / 'train'} holds {len(classes)} class folder(s), at least 2 are needed: {LAYOUT}")
-    splits = {}
-    for name in names:
-        if unknown := sorted(set(_class_names(root / name)) - set(classes)):
-            raise UserError(f"{root / name} has a class that train does not have: {unknown[0]}")
-        found = [_image_files(root / name / class_name) for class_name in classes]
-        if name == "train" and not all(found):
-            raise UserError(f"no images in {root / name / classes[found.index([])]}: add some, or remove the class")
-        if not any(found):
-            raise UserError(f"no images in {root / name}: {LAYOUT}")
-        # Bytes take a fraction of the memory of a million strings, and worker processes share them.
-        paths = np.array([os.fsencode(path) for files in found for path in files])
-        splits[name] = Split(paths, np.repeat(np.arange(len(classes)), [len(files) for files in found]))
-    return classes, splits
+def _evenly(count: int) -> np.ndarray:
+    """Up to COMPARED indices from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, COMPARED).round().astype(int))
 
 
-def _class_names(split: Path) -> list[str]:
-    return sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _readable(paths: Sequence[bytes]) -> Iterator[np.ndarray]:
+    for path in paths:
+        try:
+            yield np.asarray(read(path))
+        except DamagedImage:
+            continue
 
 
-def _image_files(top: Path) -> list[str]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    if not top.exists():  # a class may be missing from the test set
-        return []
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(top, onerror=stop) for name in names]
-    return sorted(path for path in paths if path.lower().endswith(EXTENSIONS))
+def _likeness(images: Iterator[np.ndarray] | np.ndarray) -> list[str]:
+    """A remark if several images are all alike; the first that differs is the last that is looked at."""
+    count, first = 0, None
+    for image in images:
+        first = image if first is None else first
+        if not np.array_equal(image, first):
+            return []
+        count += 1
+    text = f"{count:,} training images were compared, and all of them are alike, pixel by pixel: look into the files."
+    return [text] if count > 1 else []

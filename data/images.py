@@ -2,15 +2,22 @@
 
 import errno
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import UserError, log
+
+# Formats of Pillow that hold data, videos or programs rather than an image.
+NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class DamagedImage(Exception):
@@ -18,13 +25,13 @@ class DamagedImage(Exception):
 
 
 def read(path: bytes, reduction: int = 1) -> Image.Image:
-    """Read an image file as RGB, without its transparency and without applying EXIF's orientation.
+    """Read an image file as RGB: transparency on white, 16-bit gray scaled to 8 bits, EXIF's orientation not applied.
 
     Args:
         reduction: 1, 2, 4 or 8; a JPEG file is decoded with its sides divided by it, rounded up.
 
     Raises:
-        DamagedImage: the file is missing, cut off, no image, or has more pixels than Pillow's limit.
+        DamagedImage: the file is missing, cut off, no image, or not of integers, or has more pixels than the limit.
         OSError, MemoryError: this process has too many open files, or too little memory.
     """
     with warnings.catch_warnings():
@@ -35,35 +42,101 @@ def read(path: bytes, reduction: int = 1) -> Image.Image:
 def _read(path: bytes, reduction: int = 1) -> Image.Image:
     """`read`, with Pillow's warnings: warnings.catch_warnings must not run in several threads at once."""
     try:
-        with Image.open(path) as image:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-            limit = Image.MAX_IMAGE_PIXELS  # None if the user of this module has none
-            if limit and image.width * image.height > limit:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,}")
-            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip rather than scale
-                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with _open(path, reduction) as image:
+            return to_rgb(image)
     except Exception as error:  # a damaged image can raise anything
         raise _damage(error) from error
 
 
-def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarray, dict[int, str]] | None:
-    """Decode image files of a single size; None if sizes differ, or if a side is longer than `largest`.
+def _open(path: bytes, reduction: int = 1) -> Image.Image:
+    """As Image.open, with the sides of a JPEG file divided by `reduction`, or by more if it is above Pillow's limit."""
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as error:  # of twice the limit
+        try:
+            image = JpegImageFile(path)
+        except SyntaxError:  # no JPEG file
+            raise ValueError(f"{error}: scale it down") from error
+    needed = reduction_below_limit(image)
+    if needed > 1 and not isinstance(image, JpegImageFile):
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit: scale it down")
+    factor = max(needed, reduction)
+    image.draft(None, (image.width // factor, image.height // factor))
+    return image
+
+
+def reduction_below_limit(image: Image.Image) -> int:
+    """The factor of 1, 2, 4 or 8 by which the sides are to be divided for no more pixels than Pillow's limit."""
+    limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height  # no limit if the user of this module has none
+    return next((factor for factor in (1, 2, 4) if not limit or pixels <= limit * factor**2), 8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as RGB.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers or beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit gray, or integers of 32 bits, which Pillow would clip rather than scale
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"its pixels are from {low} to {high}, not of 8 or 16 bits: convert it")
+        gray = values // (1 if image.mode == "I" and high <= 255 else 257)
+        gray[values == image.info.get("transparency", -1)] = 255  # on white
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """File name extensions of the images that Pillow reads, in lower case."""
+    Image.preinit()  # else the usual formats would be tried last: 5 us more an image
+    suffixes, known = Image.registered_extensions(), Image.OPEN.keys() - NO_IMAGES
+    return frozenset({".mpo", *(suffix for suffix, name in suffixes.items() if name in known)})
+
+
+class OtherSize(Exception):
+    """Images are of more than one size; the message names two that differ."""
+
+
+def usual_size(paths: np.ndarray) -> tuple[int, int]:
+    """The most frequent (width, height) of image files, from their headers; (1, 1) if none can be read."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for path in paths:
+        with warnings.catch_warnings(), suppress(DamagedImage):
+            warnings.simplefilter("ignore")
+            try:
+                with _open(path) as image:
+                    sizes[image.size] += 1
+            except Exception as error:
+                raise _damage(error) from error
+    return sizes.most_common(1)[0][0] if sizes else (1, 1)
+
+
+def decode(paths: np.ndarray, size: tuple[int, int], workers: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode image files of one size, (width, height).
 
     A thread holds the GIL for half of the 90 us that a CIFAR image takes, so a third thread gains nothing; processes
     would have to start, and to send the pixels.
 
     Returns:
         (n, H, W, 3) uint8, and {index: reason} of the files that cannot be read.
+
+    Raises:
+        OtherSize: an image has another size.
     """
-    size = _first_size(paths)
-    if max(size) > largest:
-        return None
     log.info(f"decoding {len(paths):,} images")
     images = np.empty((len(paths), *size[::-1], 3), np.uint8)
     damaged: dict[int, str] = {}
 
-    def decode(chunk: range) -> bool:
+    def decode_chunk(chunk: range) -> None:
         for index in chunk:
             try:
                 image = _read(paths[index])
@@ -71,9 +144,9 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
                 damaged[index] = str(error)
                 continue
             if image.size != size:
-                return False
+                path, (width, height) = paths[index].decode(errors="backslashreplace"), image.size
+                raise OtherSize(f"{path} has {width} x {height} pixels, others have {size[0]} x {size[1]}")
             images[index] = image
-        return True
 
     chunks = [range(start, min(start + 256, len(paths))) for start in range(0, len(paths), 256)]
     with (
@@ -82,22 +155,10 @@ def read_small(paths: np.ndarray, largest: int, workers: int) -> tuple[np.ndarra
         ThreadPoolExecutor(workers) as pool,
     ):
         warnings.simplefilter("ignore")  # as in `read`
-        for chunk, alike in zip(chunks, decoded := pool.map(decode, chunks), strict=True):
-            if not alike:
-                decoded.close()  # cancels the chunks that have not begun
-                return None
+        decoded = pool.map(decode_chunk, chunks)  # cancels the chunks that have not begun once one raises an error
+        for chunk, _ in zip(chunks, decoded, strict=True):
             bar.update(len(chunk))
     return images, dict(sorted(damaged.items()))
-
-
-def _first_size(paths: np.ndarray) -> tuple[int, int]:
-    """(width, height) of the first image that can be read."""
-    for path in paths:
-        try:
-            return read(path).size
-        except DamagedImage:
-            continue
-    return 1, 1
 
 
 def _damage(error: Exception) -> DamagedImage:
@@ -143,7 +204,7 @@ class SkippedImages:
             path, reason = next(iter(self.reasons.items()))
             raise UserError(
                 f"{len(self.reasons)} of the {self.total:,} images cannot be read, more than {self.TOLERATED:.0%}; "
-                f"the first is {path} ({reason}): repair or delete them"
+                f"the first is {path} ({reason}): repair them or move them elsewhere"
             )
         for path, reason in new.items():
             log.info(f"skipping {path}, which cannot be read: {reason}")

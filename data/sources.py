@@ -65,6 +65,7 @@ class Preprocessing:
         decoder: "pillow" stands for `data.images.read`. "torchvision" has the same pixels, but JPEG files whose sides
             are at least 2, 4 or 8 times those of `resize` are divided by that factor while they are decoded.
         filter: the program that scales; pixels of "pillow" and "torchvision" differ by at most 1.
+        background: color behind transparent pixels; files of older versions, which dropped transparency, lack it.
     """
 
     resize: tuple[int, int]
@@ -73,6 +74,7 @@ class Preprocessing:
     antialias: bool = True
     decoder: str = "pillow"
     filter: str = "pillow"
+    background: str = "white"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class DataSet:
         flip: whether an image and its mirror image are of the same class.
         image_size: height and width to which streamed images are cropped; None if the images are in memory.
         skipped: damaged images, which are left out.
+        remarks: notes on the files, for the log and the report.
     """
 
     name: str
@@ -101,6 +104,7 @@ class DataSet:
     image_size: int | None = None
     border: int = 0
     skipped: SkippedImages = field(default_factory=SkippedImages)
+    remarks: Sequence[str] = ()
 
     def __str__(self) -> str:
         counts = " / ".join(f"{len(split):,}" for split in (self.train, self.val, self.test))
@@ -133,9 +137,9 @@ class DataSet:
         training = hashes.pop("training")
         return {name: sum(map(set(known).__contains__, training)) for name, known in hashes.items()}
 
-    def repetitions(self) -> list[str]:
-        """A note for each split that shares images with the training set."""
-        return [
+    def notes(self) -> list[str]:
+        """Remarks on the files, and a note for each split that shares images with the training set."""
+        return [*self.remarks] + [
             f"{count:,} of {len(self.train):,} training images are pixel by pixel in the {name} set, too: accuracies "
             "there are in part on images that were trained on."
             for name, count in self.repeated.items()
@@ -143,8 +147,8 @@ class DataSet:
         ]
 
     def doubts(self) -> list[str]:
-        """Notes on repeated images, images that cannot be read, and classes without an image in a split."""
-        notes, reasons = self.repetitions(), self.skipped.reasons
+        """`notes`, and those on images that cannot be read and classes without an image in a split."""
+        notes, reasons = self.notes(), self.skipped.reasons
         if reasons:
             path, reason = min(reasons.items())
             count = f"{len(reasons):,} of {self.skipped.total:,} images"

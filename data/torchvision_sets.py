@@ -2,13 +2,15 @@
 
 import inspect
 import os
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.folder import image_tree, streamed
+from data.folder import streamed
 from data.sources import DataSet, Split, channel_statistics
+from data.tree import classified_files, is_image
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
 from utils.normalization import NORMALIZATIONS, MeanStd
@@ -101,7 +103,7 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
     with first_on_each_machine():
         for split in ("train", "val"):
             _unpack(root, split)
-    return streamed("imagenet", *image_tree(root, ("train", "val")), image_size)
+    return streamed("imagenet", classified_files(root, ("train", "val")), image_size)
 
 
 def _unpack(root: Path, split: str) -> None:
@@ -117,9 +119,43 @@ def _unpack(root: Path, split: str) -> None:
             raise _scipy_missing("imagenet's devkit") from error
         except (RuntimeError, EOFError) as error:
             raise UserError(f"{root} cannot be unpacked: {error}") from error
-    # torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one.
-    if folder.is_dir() and any(entry.name.lower().endswith((".tar", ".jpeg")) for entry in os.scandir(folder)):
-        raise UserError(f"{folder} was not unpacked completely: delete it, and run again to unpack it again")
+    if folder.is_dir():
+        _check_unpacked(folder, archive)
+
+
+def _check_unpacked(folder: Path, archive: Path) -> None:
+    """Raise a UserError if images of a split are in no class folder, or a class is not unpacked.
+
+    torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one. People may keep
+    the inner archives beside the classes, too.
+    """
+    files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
+    if loose := [path for path in files if is_image(path)]:
+        if archive.exists():
+            advice = f"rename {folder} and run again, which unpacks {archive.name} again"
+        else:
+            source = "ILSVRC2012_validation_ground_truth.txt of the devkit has their classes"
+            source = "their names begin with it" if folder.name == "train" else source
+            advice = f"move each into the folder of its class, {folder.name}/<wnid>; {source}"
+        raise UserError(f"{folder} has {len(loose):,} images in no class folder, such as {loose[0]}: {advice}")
+    for path in map(Path, files):
+        if path.suffix == ".tar" and not _is_unpacked(path):
+            target = path.with_suffix("")
+            raise UserError(
+                f"{path} is not unpacked completely: mkdir -p {target} && tar -xf {path} -C {target}, or move it "
+                "elsewhere if all of its images are there"
+            )
+
+
+def _is_unpacked(archive: Path) -> bool:
+    """Whether all files of an archive are in the folder of its name, in their sizes."""
+    folder = archive.with_suffix("")
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            files = (member for member in tar if member.isfile())
+            return all((folder / file.name).stat().st_size == file.size for file in files)
+    except (OSError, tarfile.TarError):
+        return False
 
 
 def _scipy_missing(what: str) -> UserError:

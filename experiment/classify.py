@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 # Values of the metadata's preprocessing that this file can follow; of sizes, any.
 KNOWN = {
@@ -27,6 +28,7 @@ KNOWN = {
     "antialias": [True],
     "decoder": ["pillow", "torchvision"],
     "filter": ["pillow", "torchvision"],  # theirs differ by at most 1
+    "background": ["white"],
 }
 
 
@@ -84,20 +86,52 @@ def load(file: str) -> tuple[onnxruntime.InferenceSession, list[str], dict[str, 
 
 
 def read(path: str, preprocessing: dict[str, Any]) -> Image.Image:
-    """As RGB, like data/images.py: 16-bit gray is scaled, transparency dropped, EXIF's orientation not applied.
+    """As RGB, like data/images.py: 16-bit gray is scaled, EXIF's orientation not applied.
 
-    With the decoder "torchvision", a JPEG file that is at least twice too large is decoded at 1/2, 1/4 or 1/8.
+    Files of older versions have no background: transparency is dropped, as it was then.
     """
+    background = preprocessing.get("background")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
-            if preprocessing["decoder"] == "torchvision":
-                image.draft(None, preprocessing["resize"][::-1])
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+        with open_image(path, preprocessing) as image:
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, whose range is unknown")
             if image.mode.startswith("I"):
-                return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its pixels are not of 8 or 16 bits")
+                gray = values // (1 if image.mode == "I" and values.max() <= 255 else 257)
+                if background:
+                    gray[values == image.info.get("transparency", -1)] = 255
+                return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+            if background and image.has_transparency_data:
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
             return image.convert("RGB")
+
+
+def open_image(path: str, preprocessing: dict[str, Any]) -> Image.Image:
+    """As Image.open, but a JPEG file that is too large is set to be decoded at 1/2, 1/4 or 1/8 of its size.
+
+    It is if it has more pixels than Pillow's limit or, with the decoder "torchvision", at least twice those that are
+    needed on each side.
+    """
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        try:
+            image = JpegImageFile(path)
+        except SyntaxError:
+            raise error from None
+    limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    height, width = preprocessing["resize"] if preprocessing["decoder"] == "torchvision" else image.size[::-1]
+    spare = min(image.width // width, image.height // height)
+    needed = next((factor for factor in (1, 2, 4) if pixels <= limit * factor**2), 8)
+    if needed > 1 and not isinstance(image, JpegImageFile):
+        raise ValueError(f"{pixels:,} pixels are more than Pillow's limit of {limit:,}")
+    factor = max(needed, *(factor for factor in (1, 2, 4, 8) if factor <= max(spare, 1)))
+    image.draft(None, (image.width // factor, image.height // factor))
+    return image
 
 
 def prepare(image: Image.Image, preprocessing: dict[str, Any]) -> np.ndarray:

@@ -106,5 +106,9 @@ def test_more_pixels_than_pillow_s_limit_are_read_if_they_are_few_at_the_scale(t
     path = photograph(tmp_path / "a.jpg", (160, 160))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 160 * 100)
     assert EvaluationCrop(PREPROCESSING)(path, 0).shape == (3, SIZE, SIZE)
-    with pytest.raises(DamagedImage, match="160 x 160 pixels are more than 16,000"):
-        read_region(path, whole)
+    assert read_region(path, whole).shape == (3, 80, 80)
+    corner = Region(80, 80, 80, 80, (80, 80))  # of the image as it is
+    assert torch.equal(read_region(path, lambda _: corner), read_region(path, whole)[:, 40:, 40:])
+    photograph(tmp_path / "a.png", (160, 160))
+    with pytest.raises(DamagedImage, match="160 x 160 pixels are more than Pillow's limit: scale it down"):
+        read_region(str(tmp_path / "a.png").encode(), whole)

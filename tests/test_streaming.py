@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 
 import data
@@ -84,15 +85,26 @@ def test_what_streams_and_what_stays_in_memory(tmp_path, size, other, image_size
         assert (source.mean, source.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@pytest.mark.parametrize(("size", "read"), [((65, 65), 1), ((64, 64), 3)])
-def test_the_first_image_that_is_large_or_unlike_the_others_settles_it(tmp_path, monkeypatch, size, read):
-    """Photographs are not decoded before they stream."""
-    paths, opened = stream_tree(tmp_path / "set"), []
-    Image.new("RGB", size).save(paths[0])
-    original = Image.open
+def test_photographs_are_hardly_looked_at_before_they_stream(tmp_path, monkeypatch):
+    """The headers of some, and the pixels of two."""
+    make_tree(tmp_path / "set", count=30, size=(65, 65))
+    opened, loaded = [], []
+    original, load = Image.open, PngImageFile.load
     monkeypatch.setattr(Image, "open", lambda path: (opened.append(path), original(path))[1])
+    monkeypatch.setattr(PngImageFile, "load", lambda image: (loaded.append(image.filename), load(image))[1])
     assert folder(tmp_path / "set", 1).image_size == 224
-    assert len(opened) == read
+    assert len(opened) == 18
+    assert len(set(loaded)) == 2
+
+
+@pytest.mark.parametrize("odd", ["train/cat/0.png", "test/dog/5.png"])  # also the first of all
+def test_an_image_of_another_size_than_the_other_small_ones_is_named(tmp_path, odd):
+    make_tree(tmp_path / "set")
+    Image.new("RGB", (500, 300)).save(tmp_path / "set" / odd)
+    dataset = folder(tmp_path / "set", 1)
+    assert dataset.image_size == 224
+    (remark,) = dataset.remarks
+    assert f"{odd} has 500 x 300 pixels, others have 10 x 8" in remark
 
 
 def test_validation_split_of_files(tmp_path):

@@ -251,16 +251,30 @@ def test_imagenet_s_archives_are_unpacked(tmp_path, monkeypatch):
     assert names == [[WNIDS[target], f"ILSVRC2012_val_{i:08}.JPEG"] for target, i in expected]
 
 
-def test_imagenet_that_was_not_unpacked_to_its_end_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False])
+def test_images_of_imagenet_in_no_class_folder(tmp_path, monkeypatch, kept):
+    """Nothing is to be deleted, and it is unpacked again only from an archive that is there."""
     write_imagenet_archives(tmp_path, monkeypatch)
     data.load("imagenet", tmp_path, 0)
-    left = tmp_path / "val" / "ILSVRC2012_val_00000004.JPEG"
-    left.touch()
-    with pytest.raises(UserError, match=r"/val was not unpacked completely: delete it"):
+    (tmp_path / "val" / "ILSVRC2012_val_00000004.JPEG").touch()
+    advice = "rename .*/val and run again, which unpacks ILSVRC2012_img_val.tar again"
+    if not kept:
+        (tmp_path / "ILSVRC2012_img_val.tar").unlink()
+        advice = "move each into the folder of its class, val/<wnid>; ILSVRC2012_validation_ground_truth"
+    with pytest.raises(UserError, match=f"1 images in no class folder, such as .*00000004.JPEG: {advice}") as error:
         data.load("imagenet", tmp_path, 0)
-    left.unlink()
-    (tmp_path / "train" / f"{WNIDS[1]}.tar").touch()
-    with pytest.raises(UserError, match=r"/train was not unpacked completely: delete it"):
+    assert "delete" not in str(error.value)
+
+
+def test_inner_archives_of_imagenet_may_stay_beside_complete_classes(tmp_path):
+    make_tree(tmp_path, splits=("train", "val"), classes=WNIDS, count=10)
+    folder, archive = tmp_path / "train" / WNIDS[1], tmp_path / "train" / f"{WNIDS[1]}.tar"
+    pack(archive, {path.name: path.read_bytes() for path in folder.iterdir()})
+    dataset = data.load("imagenet", tmp_path, 0)
+    assert len(dataset.train) == 20
+    assert "1 .tar" in dataset.remarks[0]
+    (folder / "9.png").write_bytes((folder / "9.png").read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{WNIDS[1]}\.tar is not unpacked completely: mkdir -p .* tar -xf .* or move"):
         data.load("imagenet", tmp_path, 0)
 
 

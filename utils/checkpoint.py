@@ -28,7 +28,8 @@ from utils.options import as_typed, changed_flag, completed
 
 # The flags in a recorded configuration that readers use.
 RecordedConfig = TypedDict("RecordedConfig", {
-    "dataset": str, "data_dir": str | None, "image_size": int | None, "train_size": float | None, "val_size": float,
+    "dataset": str, "data_dir": str | None, "labels": str | None, "image_size": int | None,
+    "train_size": float | None, "val_size": float,
     "teacher_model": str, "teacher_norm": str | None, "student_model": str | None, "num_students": int,
     "method": str, "lambda": float, "pretrain": bool,
 })  # fmt: skip

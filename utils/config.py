@@ -171,6 +171,13 @@ class Config:
     data_dir: Path | None = _data(
         "folder with the data, or for downloads (default: data/downloads)", type=_path, metavar="PATH", may_change=True
     )
+    labels: Path | None = _data(
+        "CSV file with the classes of a folder's images: columns path (below --data_dir), label and, if wanted, split "
+        "(train, val or test; default: the images are in class folders)",
+        type=_path,
+        metavar="FILE.csv",
+        may_change=True,
+    )
     image_size: int | None = _data(
         "height and width of the crops of imagenet and folder (default: 224; small images of one size are not resized)",
         type=_positive_int,
@@ -294,8 +301,8 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
         values = {field.name: getattr(self, field.name) for field in flags() if is_recorded(field)}
-        if self.data_dir:
-            values["data_dir"] = self.data_dir.resolve()  # for finetune.py, which may run in another folder
+        for name in ("data_dir", "labels"):  # for finetune.py, which may run in another folder
+            values[name] = values[name] and values[name].resolve()
         if str(self.arch).endswith(".py"):
             values["arch"] = Path(self.arch).resolve()
         return {flag_name(name): str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -29,7 +29,7 @@ _METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
 # The fields that --test_only takes from a training checkpoint: its networks and its data.
 _SUBJECT = (
     "arch", "teacher_model", "student_model", "teacher_norm", "method", "lam", "pretrain", "dataset", "data_dir",
-    "image_size", "val_size", "train_size",
+    "labels", "image_size", "val_size", "train_size",
 )  # fmt: skip
 # Fields that describe a network, and their keys in the metadata of its file.
 _STATED = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
@@ -218,7 +218,8 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
     then, found = meta.config, {name: getattr(meta, key) for name, key in _STATED.items()}
     found |= {name: then[name] for name in ("dataset", "val_size", "teacher_model")}
     if config.dataset in (None, then["dataset"]):
-        found |= {"data_dir": then["data_dir"] and Path(then["data_dir"])}
+        paths = ("data_dir",) if config.data_dir else ("data_dir", "labels")  # labels belong to the folder
+        found |= {name: then[name] and Path(then[name]) for name in paths}
         found |= {name: then.get(name) for name in ("image_size", "train_size")}
     return replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
 
@@ -238,9 +239,9 @@ def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
     now = run | {name: given[name] for name in typed - MAY_CHANGE - {"teacher_norm"}}
     if name := changed_flag(run, now):
         raise UserError(f"{source} was trained {as_typed(name, run.get(name))}: leave out --{name}")
-    found = {name: run[flag_name(name)] for name in _SUBJECT if name not in config.typed & {"data_dir", "teacher_norm"}}
-    if found.get("data_dir"):
-        found["data_dir"] = Path(found["data_dir"])
+    kept = config.typed & {"data_dir", "labels", "teacher_norm"}
+    found = {name: run[flag_name(name)] for name in _SUBJECT if name not in kept}
+    found |= {name: Path(found[name]) for name in ("data_dir", "labels") if found.get(name)}
     return replace(config, **found)
 
 
@@ -256,7 +257,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         "warmup_epochs": 0.0,
         "rampup_epochs": 0.0,
         "accumulate": 1,
-        **dict.fromkeys(("teacher_norm", "image_size", "train_size")),
+        **dict.fromkeys(("teacher_norm", "labels", "image_size", "train_size")),
     }
     return off | then | config
 

@@ -29,7 +29,7 @@ from utils.device import (
     pick_precision,
 )
 from utils.engine import Trainer
-from utils.errors import UserError, exit_with, guard
+from utils.errors import UserError, exit_with, guard, log
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
@@ -108,7 +108,7 @@ class Run:
         config, job, dataset, val = self.config, self.job, self.dataset, self.loaders.val
         if self.resumed:
             trainer.resume(self.resumed, meta, config.force)
-        lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.repetitions()]
+        lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.notes()]
         lines += contention(self.device)
         if config.resume:
             lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint yet: starting anew")
@@ -150,7 +150,10 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     job = Job(config.job_dir, config.recorded())
     resumed = None if config.test_only else job.checkpoint_to_resume(config.resume, config.reset, inputs)
     workers = min(config.workers or 8, cores())
-    dataset = data.load(config.dataset, config.data_dir, config.val_size, workers, config.image_size, config.train_size)
+    sizes = (config.val_size, workers, config.image_size, config.train_size)
+    dataset = data.load(config.dataset, config.data_dir, *sizes, labels=config.labels)
+    for remark in dataset.remarks if config.test_only else ():  # otherwise they go to the log of the job
+        log.info(remark)
     if trained:
         path, meta = trained
         dataset = dataset.normalized_as(meta.mean, meta.std, meta.classes, path)
