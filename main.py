@@ -31,6 +31,7 @@ from utils.checkpoint import Inputs, Meta
 from utils.config import BEST, RESUME_LAST, Config
 from utils.cost import count
 from utils.engine import Trainer
+from utils.methods import METHODS
 from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
@@ -117,8 +118,10 @@ def results(run: Run, trainer: Trainer) -> Results:
     standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
     known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
     rows = [Row(name, "standard", count(standard, size), *known, standard)]
+    method, count_of = METHODS[config.method], len(learner.students)
+    names, mark = method.names(count_of), ", best" if len(method.candidates(count_of)) == count_of else ""
     for i, student in enumerate(learner.students):
-        name, network = (f"student {i + 1}, best", best) if student is best else (f"student {i + 1}", None)
+        name, network = (f"{names[i]}{mark}", best) if student is best else (names[i], None)
         rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
     if len(val) > len(learner.students):
         rows.append(Row(ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
@@ -146,7 +149,7 @@ def print_test(config: Config) -> None:
         learner = place(learner, run.device)
     found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
     if learner:
-        several = [f"student {i + 1}" for i in range(len(learner.students))]
+        several = METHODS[config.method].names(len(learner.students))
         names = [config.teacher_model] if config.pretrain else [*several, ONLINE_TEACHER]
         found |= zip(names, evaluate(learner, run.loaders.test).accuracies(), strict=False)
     for name, value in found.items():

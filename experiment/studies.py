@@ -63,6 +63,8 @@ def _rows(variants: str, teacher: str = "teacher") -> tuple[Row, ...]:
         Row("OD, λ = 0, no pretrained teacher", "od_teacher_free_lambda_0", "--lambda 0"),
         Row("DML", "dml", "--method dml"),
         Row("ONE", "one", "--method one"),
+        Row("KDCL-MinLogit", "kdcl", "--method kdcl", seeds=1),
+        Row("OKDDip", "okddip", "--method okddip", seeds=1),
     )
     by_variant = {row.variant: row for row in rows}
     return tuple(by_variant[variant] for variant in variants.split())
@@ -94,7 +96,7 @@ CIFAR100 = Study(
             "--conv depthwise",
             _rows(
                 "teacher scratch kd scratch_init kd_init od_teacher_free od od_init teacher_60 scratch_60 "
-                "od_teacher_free_lambda_0 od_lambda_0 dml one"
+                "od_teacher_free_lambda_0 od_lambda_0 dml one kdcl okddip"
             ),
         ),
         Table(

@@ -1,4 +1,4 @@
-"""N students side by side, and the teachers made of them: the paper's (arXiv 1909.13063, section 3) and ONE's."""
+"""N students side by side, and what methods build on them: the paper's online teacher and ONE's, OKDDip's attention."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,8 @@ from model.split import follows_protocol, split
 class Students(nn.Module):
     """N networks trained on the same batch, without an online teacher: with N = 1, plain training.
 
-    `forward`: (B, 3, H, W) -> (student_logits (N, B, K), None).
+    `forward`: (B, 3, H, W) -> (student_logits (N, B, K), None). Subclasses return the logits (B, K) of an online
+    teacher in place of None, and may return more, for the loss of their method.
     """
 
     def __init__(self, students: Sequence[nn.Module]):
@@ -93,3 +94,25 @@ class GatedEnsemble(Students):
         pooled = torch.cat([f.mean((2, 3)) for f in features], dim=1)
         gate = self.norm(self.fc(pooled)).relu().softmax(dim=1)
         return logits, torch.einsum("bn,nbk->bk", gate, logits)
+
+
+class PeerAttention(Students):
+    """N - 1 peers that attend to each other, and a leader: OKDDip, network-based (arXiv 1912.00350).
+
+    Peer a attends to peer b with the score L(h_a)^T E(h_b): h are the pooled features (B, C), L and E linear maps
+    without bias to C / 8, the factor of the authors' code (github.com/DefangChen/OKDDip). All peers share L and E, so
+    C is the same for all. The leader is the last student; nobody attends to it.
+    """
+
+    FACTOR = 8
+
+    def __init__(self, students: Sequence[nn.Module]):
+        super().__init__(students)
+        channels = students[0].num_features
+        self.query, self.key = (nn.Linear(channels, max(1, channels // self.FACTOR), bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        """(B, 3, H, W) -> (student_logits (N, B, K), None, scores (B, N - 1, N - 1) of peer a for peer b)."""
+        features, logits = self.features_and_logits(x)
+        pooled = torch.stack([f.mean((2, 3)) for f in features[:-1]], dim=1)
+        return logits, None, self.query(pooled) @ self.key(pooled).transpose(1, 2)

@@ -41,6 +41,11 @@ def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, 
     assert Best.of(1, Scores(ByNetwork(accuracies), ByNetwork(losses))).student == best
 
 
+def test_best_student_may_be_chosen_among_some():
+    scores = Scores(ByNetwork([3, 1, 2]), ByNetwork([0, 0, 0]))
+    assert [Best.of(1, scores, candidates).student for candidates in ([2], [1, 2], range(3))] == [2, 2, 0]
+
+
 class Fixed(nn.Module):
     """Gives the row of `logits` whose index the first pixel of an image is."""
 

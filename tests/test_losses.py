@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.config import Config
-from utils.losses import mutual_learning, online_distillation
+from utils.losses import collaborative_learning, diverse_peers, mutual_learning, online_distillation
 from utils.methods import METHODS
 
 N, B, K = 3, 5, 4
@@ -163,7 +163,7 @@ def objective(method, lam=0.0, temperature=4.0, miu=0.0):
 
 def test_rampup_is_a_factor_of_the_online_term(logits):
     student, teacher, pretrained, targets = logits
-    for function in (objective("od", lam=0.8, miu=1.0), objective("dml", lam=1.0)):
+    for function in (objective("od", lam=0.8, miu=1.0), objective("dml", lam=1.0), objective("kdcl", lam=1.0)):
         whole = function(student, teacher, targets, pretrained_logits=pretrained)
         for rampup in (0.25, torch.tensor(0.25)):
             losses = function(student, teacher, targets, pretrained_logits=pretrained, rampup=rampup)
@@ -203,3 +203,70 @@ def test_mutual_learning_needs_two(logits):
         mutual_learning(student[:1], targets)
     with pytest.raises(ValueError, match="batchmean, element"):
         mutual_learning(student, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("reduction", ["batchmean", "element"])
+def test_collaborative_learning_is_its_formula(logits, reduction, temperature):
+    student, _, _, targets = logits
+    losses = collaborative_learning(student, targets, 0.7, temperature, reduction)
+
+    z, y = student.tolist(), targets.tolist()
+    teacher = [[min(z[i][b][c] - z[i][b][y[b]] for i in range(N)) for c in range(K)] for b in range(B)]
+    kl = sum(slow_kl(teacher, rows, temperature, reduction) for rows in z)
+    expected = {"ce_students": sum(slow_cross_entropy(rows, y) for rows in z), "kl_online": 0.7 * temperature**2 * kl}
+    assert {name: losses[name].item() for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert losses["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-12)
+
+
+def test_minimal_logits_get_no_gradient(logits):
+    """The gradient of student i is that of KL(p_t || p_i) with p_t constant: T (p_i - p_t)."""
+    student, _, _, targets = logits
+    (gradient,) = torch.autograd.grad(collaborative_learning(student, targets, 1.0, 2.0)["kl_online"], student)
+    z = student.detach()
+    teacher = torch.stack([z[:, b] - z[:, b, y, None] for b, y in enumerate(targets.tolist())], dim=1).amin(0)
+    torch.testing.assert_close(gradient, 2 * ((z / 2).softmax(-1) - (teacher / 2).softmax(-1)) / B)
+
+
+@pytest.fixture
+def scores():
+    return torch.randn(
+        B, N - 1, N - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("reduction", ["batchmean", "element"])
+def test_diverse_peers_is_its_formula(logits, scores, reduction, temperature):
+    student, _, _, targets = logits
+    losses = diverse_peers(student, scores, targets, 0.7, temperature, reduction)
+
+    z, y, peers = student.tolist(), targets.tolist(), range(N - 1)
+    soft = [[softmax(row, temperature) for row in rows] for rows in z]
+    attention = [[softmax(row) for row in rows] for rows in scores.tolist()]  # [image][a][b]
+    taught = [
+        [[sum(attention[i][a][b] * soft[b][i][c] for b in peers) for c in range(K)] for i in range(B)] for a in peers
+    ]
+    taught.append([[sum(taught[a][i][c] for a in peers) / (N - 1) for c in range(K)] for i in range(B)])
+    cells = [(a, i, c) for a in range(N) for i in range(B) for c in range(K)]
+    kl = sum(taught[a][i][c] * math.log(taught[a][i][c] / soft[a][i][c]) for a, i, c in cells)
+    kl /= B if reduction == "batchmean" else B * K
+    expected = {"ce_students": sum(slow_cross_entropy(rows, y) for rows in z), "kl_online": 0.7 * temperature**2 * kl}
+    assert {name: losses[name].item() for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert losses["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-12)
+
+
+def test_peers_leader_and_attention_get_the_gradients_of_the_formula(logits, scores):
+    student, _, _, targets = logits
+    assert torch.autograd.gradcheck(lambda *x: diverse_peers(*x, targets, 0.7, 3.0)["loss"], (student, scores))
+
+
+def test_peers_that_are_certain_have_a_finite_loss_and_gradient():
+    """Probabilities that float32 rounds to 0."""
+    student = torch.tensor([[[400.0, 0, 0]], [[0, 400.0, 0]], [[0, 0, 400.0]]], requires_grad=True)
+    scores = torch.tensor([[[300.0, -300], [0, 0]]], requires_grad=True)
+    loss = diverse_peers(student, scores, torch.tensor([0]), temperature=1.0)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+    assert scores.grad.isfinite().all()

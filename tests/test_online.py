@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import model
-from model.online import GatedEnsemble, OnlineTeacher, Students
-from utils.losses import online_distillation
+from model.online import GatedEnsemble, OnlineTeacher, PeerAttention, Students
+from utils.losses import diverse_peers, online_distillation
 
 
 def students(count, **arguments):
@@ -93,3 +93,29 @@ def test_gated_ensemble_weighs_logits_by_a_gate_for_each_image():
     assert (gate.std(0) > 0).all(), "the same gate for every image would test nothing"
     for logits, student in zip(student_logits, ensemble.students, strict=True):
         torch.testing.assert_close(logits, student(x))
+
+
+def test_peers_attend_to_each_other_by_linear_maps_of_their_pooled_features():
+    learner = PeerAttention(students(4)).double().train()
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    student_logits, teacher_logits, scores = learner(x)
+
+    assert teacher_logits is None
+    assert learner.query.weight.shape == learner.key.weight.shape == (8, 64)
+    pooled = [student.forward_features(x).mean((2, 3)) for student in learner.students]
+    for a in range(3):
+        for b in range(3):
+            expected = [learner.query.weight @ pooled[a][i] @ (learner.key.weight @ pooled[b][i]) for i in range(5)]
+            torch.testing.assert_close(scores[:, a, b], torch.stack(expected))
+    for logits, student in zip(student_logits, learner.students, strict=True):
+        torch.testing.assert_close(logits, student(x))
+
+
+def test_attention_learns_by_the_online_term_alone():
+    learner = PeerAttention(students(3))
+    logits, _, scores = learner(torch.randn(8, 3, 8, 8))
+    losses = diverse_peers(logits, scores, torch.arange(8) % 5)
+    losses["ce_students"].backward(retain_graph=True)
+    assert learner.query.weight.grad is None
+    losses["kl_online"].backward()
+    assert all(grad is not None and grad.any() for grad in gradients(learner).values())

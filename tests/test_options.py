@@ -69,6 +69,11 @@ CONTRADICTIONS = [
     ("main", ("--method", "kd", "--teacher_dir", "x", "--miu", "0"), "no --miu 0"),
     ("main", ("--method", "one", "--num_students", "1"), "--num_students must be 2 or more"),
     ("main", ("--method", "one", "--detach_teacher"), "belongs to --method od"),
+    ("main", ("--method", "kdcl", "--num_students", "1"), "--num_students must be 2 or more"),
+    ("main", ("--method", "kdcl", "--teacher_dir", "x", "--miu", "1"), "no pretrained teacher: leave out --miu"),
+    ("main", ("--method", "okddip", "--num_students", "2"), "--num_students must be 3 or more"),
+    ("main", ("--method", "okddip", "--detach_teacher"), "belongs to --method od"),
+    ("main", ("--method", "okddip", "--export_teacher"), "this run has none"),
     ("main", ("--train_size", "0"), "above 0"),
     ("main", ("--scheduler", "cosine", "--lr_decay_step", "3"), "--scheduler step"),
     ("main", ("--resume", "--reset"), "give one of them"),
@@ -125,6 +130,8 @@ def test_defaults_are_the_paper_s_recipe():
         ("kd", (1, 0.0, 1.0, 4.0, 0.0)),
         ("dml", (4, 1.0, 0.0, 1.0, 0.0)),
         ("one", (4, 1.0, 0.0, 3.0, 80.0)),
+        ("kdcl", (4, 1.0, 0.0, 2.0, 0.0)),
+        ("okddip", (4, 1.0, 0.0, 3.0, 80.0)),
     ],
 )
 def test_defaults_of_a_method_are_those_of_its_paper(method, expected):

@@ -263,7 +263,8 @@ def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
     content = load_checkpoint(path)
     if not content.scores:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
-    best = Best.of(content.epoch, content.scores).student
+    config = content.meta.config
+    best = Best.of(content.epoch, content.scores, METHODS[config["method"]].candidates(config["num_students"])).student
     return restore(path, content.student(best), content.meta, arch)
 
 

@@ -68,11 +68,13 @@ _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction 
 _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
 
 
-def _by_method(name: str) -> str:
+def _by_method(name: str, shown: Callable[[float], str] = "{:g}".format) -> str:
     """For help: the default of od, and those of the methods that differ."""
     usual = getattr(METHODS["od"], name)
     others = ((method.name, getattr(method, name)) for method in METHODS.values())
-    return "; ".join([f"{usual:g}", *(f"{method}: {value:g}" for method, value in others if value not in (usual, 0))])
+    return "; ".join(
+        [f"{usual:g}", *(f"{method}: {shown(value)}" for method, value in others if value not in (usual, 0))]
+    )
 
 
 def _flag(group: str, help: str, default: Any = None, *, finetune: Any = None, **arguments: Any) -> Any:
@@ -162,7 +164,9 @@ class Config:
         "students learn from the online teacher, but it does not learn from them: its logits are detached", False
     )
     rampup_epochs: float = _distillation(
-        "epochs in which the weight of the online term rises from 0 (default: 0; one: 80 of 300)", type=_weight
+        "epochs in which the weight of the online term rises from 0 (default: "
+        f"{_by_method('rampup', lambda share: f'{300 * share:g} of 300')})",
+        type=_weight,
     )
 
     dataset: str = _data(

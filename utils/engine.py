@@ -98,12 +98,11 @@ class Trainer:
     def losses(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The loss and its terms, and (networks,) counts of correct predictions."""
         with autocast(self.device, self.precision):
-            student_logits, teacher_logits = self.forward(images)
+            student_logits, teacher_logits, *others = self.forward(images)
             with torch.no_grad():
                 pretrained_logits = None if self.teacher is None else self.teacher(images)
-        losses = self.objective(
-            student_logits, teacher_logits, targets, pretrained_logits=pretrained_logits, rampup=self.rampup
-        )
+        outputs = (student_logits, teacher_logits, targets, *others)
+        losses = self.objective(*outputs, pretrained_logits=pretrained_logits, rampup=self.rampup)
         with torch.no_grad():
             correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
@@ -259,7 +258,8 @@ class Trainer:
         return f"epoch {self.epoch}/{self.config.num_epochs}"
 
     def _keep_best(self, job: Job, meta: Meta) -> None:
-        best = Best.of(self.epoch, self.scores)
+        candidates = METHODS[self.config.method].candidates(len(self.learner.students))
+        best = Best.of(self.epoch, self.scores, candidates)
         if self.best is None or best.rank > self.best.rank:
             self.best = best
             if job.writes:

@@ -10,6 +10,8 @@ Plain training is this without a teacher; Hinton's distillation (arXiv 1503.0253
 ONE (arXiv 1806.04606), with a gated ensemble of the students as the online teacher, detached.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,6 +97,63 @@ def mutual_learning(
     return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * mutual})
 
 
+def collaborative_learning(
+    student_logits: Tensor,
+    targets: Tensor,
+    lam: float = 1.0,
+    temperature: float = 2.0,
+    reduction: str = "batchmean",
+    rampup: float | Tensor = 1.0,
+) -> dict[str, Tensor]:
+    """KDCL-MinLogit (Guo et al., CVPR 2020, section 3): as `online_distillation`, but
+
+    L = sum_i CE(z_i, y) + lambda T^2 sum_i KL(p_t || p_i), with z_t,c = min_i (z_i,c - z_i,y) of each image, detached.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    _check_reduction(reduction)
+    student_logits = _at_least_float32(student_logits)
+    known = student_logits.detach()
+    teacher_logits = (known - known.gather(-1, targets.expand(len(known), -1)[..., None])).amin(0)
+    online = _distillation(teacher_logits, student_logits, temperature, reduction)
+    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * online})
+
+
+def diverse_peers(
+    student_logits: Tensor,
+    scores: Tensor,
+    targets: Tensor,
+    lam: float = 1.0,
+    temperature: float = 3.0,
+    reduction: str = "batchmean",
+    rampup: float | Tensor = 1.0,
+) -> dict[str, Tensor]:
+    """OKDDip (arXiv 1912.00350): as `online_distillation`, but with N - 1 peers and, as the last student, a leader:
+
+    L = sum_i CE(z_i, y) + lambda T^2 (sum_a KL(t_a || p_a) + KL(mean_a t_a || p_leader))
+
+    with a's targets t_a = sum_b attention_ab p_b over all peers b. Nothing is detached: the attention learns from the
+    KL alone. The authors' code averages logits instead of the softened outputs p.
+
+    Args:
+        scores: (B, N - 1, N - 1), whose softmax over the last dimension is the attention.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    _check_reduction(reduction)
+    student_logits = _at_least_float32(student_logits)
+    log_attention = F.log_softmax(_at_least_float32(scores), dim=-1).permute(1, 2, 0)  # (a, b, B)
+    log_peers = F.log_softmax(student_logits[:-1] / temperature, dim=-1)  # (b, B, K)
+    log_targets = torch.logsumexp(log_attention[..., None] + log_peers, dim=1)  # (a, B, K)
+    log_mean = torch.logsumexp(log_targets, dim=0, keepdim=True) - math.log(len(log_targets))
+    # Logarithms of distributions, times T, are logits of them.
+    teacher_logits = temperature * torch.cat([log_targets, log_mean])
+    online = _distillation(teacher_logits, student_logits, temperature, reduction)
+    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * online})
+
+
 def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction '{reduction}': choose from {', '.join(REDUCTIONS)}")
@@ -111,11 +170,14 @@ def _cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float, reduction: str) -> Tensor:
-    """T^2 sum_i KL(softmax(teacher / T) || softmax(student_i / T)), with gradients to both."""
+    """T^2 sum_i KL(softmax(teacher / T) || softmax(student_i / T)), with gradients to both.
+
+    teacher_logits: (B, K), or (N, B, K) with a teacher for each student.
+    """
     log_teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     log_students = F.log_softmax(student_logits / temperature, dim=-1)
     total = F.kl_div(log_students, log_teacher.expand_as(log_students), reduction="sum", log_target=True)
-    batch_size, num_classes = teacher_logits.shape
+    batch_size, num_classes = teacher_logits.shape[-2:]
     return temperature**2 * total / (batch_size if reduction == "batchmean" else batch_size * num_classes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from model.online import Students
     from utils.config import Config
 
-    # (student_logits, teacher_logits, targets, pretrained_logits=, rampup=) -> the loss and its terms
+    # (student_logits, teacher_logits, targets, *others, pretrained_logits=, rampup=) -> the loss and its terms, where
+    # others is what the learner returns besides logits
     Objective = Callable[..., dict[str, Tensor]]
 
 
@@ -26,7 +27,7 @@ class Method:
     """Students, perhaps with an online teacher made of them, and the loss that trains them."""
 
     name: str  # value of --method
-    title: str  # in reports
+    title: str  # for --help
     # Defaults of the flags.
     num_students, fewest_students = 1, 1
     lam = 0.0  # weight of the online term; 0 if the method has no such term
@@ -50,6 +51,14 @@ class Method:
                 f"with {this} students learn from each other: --num_students must be {self.fewest_students} or more"
             )
 
+    def names(self, num_students: int) -> list[str]:
+        """Names of the students in reports."""
+        return [f"student {i + 1}" for i in range(num_students)]
+
+    def candidates(self, num_students: int) -> Sequence[int]:
+        """Indices of the students of which the best one is exported."""
+        return range(num_students)
+
     def has_online_teacher(self, config: Config) -> bool:
         return False
 
@@ -67,14 +76,8 @@ class Method:
         """The loss from utils/losses.py, with the weights from the flags."""
         from utils.losses import online_distillation
 
-        return partial(
-            online_distillation,
-            lam=config.lam,
-            temperature=config.temperature,
-            miu=config.miu,
-            reduction=config.kl_reduction,
-            detach_teacher=self.detaches or config.detach_teacher,
-        )
+        detach = self.detaches or config.detach_teacher
+        return partial(online_distillation, miu=config.miu, detach_teacher=detach, **_settings(config))
 
 
 class OnlineDistillation(Method):
@@ -107,7 +110,7 @@ class Scratch(Method):
 class KnowledgeDistillation(Method):
     """arXiv 1503.02531, offline: each student learns from the pretrained teacher."""
 
-    name, title = "kd", "knowledge distillation"
+    name, title = "kd", "knowledge distillation, offline, from the pretrained teacher"
     uses_pretrained = True
 
     def check(self, config: Config) -> None:
@@ -125,10 +128,7 @@ class DeepMutualLearning(Method):
     def objective(self, config: Config) -> Objective:
         from utils.losses import mutual_learning
 
-        def loss(student_logits, teacher_logits, targets, pretrained_logits=None, rampup=1.0):
-            return mutual_learning(student_logits, targets, config.lam, config.temperature, config.kl_reduction, rampup)
-
-        return loss
+        return _among_students(mutual_learning, config)
 
 
 class NativeEnsemble(Method):
@@ -145,6 +145,62 @@ class NativeEnsemble(Method):
         from model.online import GatedEnsemble
 
         return GatedEnsemble(students)
+
+
+class CollaborativeLearning(Method):
+    """KDCL-MinLogit (Guo et al., CVPR 2020, section 3): each student learns from the least confident logits of all.
+
+    There, each student sees an augmentation of its own; here all see the same batch. The authors published no code.
+    """
+
+    name, title = "kdcl", "collaborative learning, KDCL-MinLogit"
+    num_students, fewest_students, lam, temperature = 4, 2, 1.0, 2.0
+
+    def objective(self, config: Config) -> Objective:
+        from utils.losses import collaborative_learning
+
+        return _among_students(collaborative_learning, config)
+
+
+class DiversePeers(Method):
+    """OKDDip, network-based (arXiv 1912.00350): peers learn from each other by attention, and a leader from them all.
+
+    The last student is the leader. Defaults are those of the authors' code, github.com/DefangChen/OKDDip (train_GL.py).
+    """
+
+    name, title = "okddip", "diverse peers and a leader, OKDDip"
+    num_students, fewest_students, lam, temperature, rampup = 4, 3, 1.0, 3.0, 80 / 300
+
+    def names(self, num_students: int) -> list[str]:
+        return [*(f"peer {i + 1}" for i in range(num_students - 1)), "leader"]
+
+    def candidates(self, num_students: int) -> Sequence[int]:
+        return [num_students - 1]
+
+    def learner(self, config: Config, students: Sequence[nn.Module], num_classes: int) -> Students:
+        from model.online import PeerAttention
+
+        return PeerAttention(students)
+
+    def objective(self, config: Config) -> Objective:
+        from utils.losses import diverse_peers
+
+        return _among_students(diverse_peers, config)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The arguments that all losses have."""
+    return {"lam": config.lam, "temperature": config.temperature, "reduction": config.kl_reduction}
+
+
+def _among_students(loss: Callable[..., dict[str, Tensor]], config: Config) -> Objective:
+    """The objective of a loss that has neither an online nor a pretrained teacher."""
+    settings = _settings(config)
+
+    def objective(student_logits, teacher_logits, targets, *others, pretrained_logits=None, rampup=1.0):
+        return loss(student_logits, *others, targets, rampup=rampup, **settings)
+
+    return objective
 
 
 METHODS: dict[str, Method] = {kind.name: kind() for kind in Method.__subclasses__()}

@@ -99,10 +99,11 @@ class Best:
     loss: float
 
     @classmethod
-    def of(cls, epoch: int, scores: Scores) -> "Best":
-        """The best student of one epoch."""
-        rows = enumerate(zip(scores.accuracy.students, scores.loss.students, strict=True))
-        return max((cls(epoch, i, *row) for i, row in rows), key=lambda best: best.rank)
+    def of(cls, epoch: int, scores: Scores, candidates: Sequence[int] | None = None) -> "Best":
+        """The best student of one epoch, or the best one of the candidates (indices)."""
+        rows = list(zip(scores.accuracy.students, scores.loss.students, strict=True))
+        chosen = range(len(rows)) if candidates is None else candidates
+        return max((cls(epoch, i, *rows[i]) for i in chosen), key=lambda best: best.rank)
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -140,7 +141,7 @@ def evaluate(
     students, totals, classes, counts = len(learner.students), 0, 0, 0
     with torch.inference_mode():
         for images, targets in batches:
-            logits = all_logits(*learner(images))
+            logits = all_logits(*learner(images)[:2])
             ranks = _ranks(logits, targets)
             hits = torch.stack([ranks < 1, ranks < 5]).float()
             hits = hits.masked_fill(~logits.isfinite().all(-1), math.nan).sum(-1)
