@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -295,6 +295,10 @@ class Config:
     def trained_model(self) -> str:
         """Name of the network that main.py trains and exports."""
         return self.teacher_model if self.pretrain else self.student_model
+
+    def filled(self, **defaults: Any) -> "Config":
+        """The configuration with these values for the fields that have none."""
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def refuse(self, *names: str, message: str) -> None:
         """Raise a UserError with `message`, in which {flag} is filled in, for the first of these fields that is set."""

@@ -132,36 +132,27 @@ def settle_main(config: Config) -> Config:
         message = "--pretrain trains the standard network alone: leave out {flag}"
         config.refuse(*networks, *_METHOD_FLAGS, message=message)
     if config.teacher_model is None:
-        config = replace(config, arch=config.arch or "resnet", teacher_model="resnet_56")
-    val_size = 0.1 if config.val_size is None else config.val_size
-    config = replace(config, dataset=config.dataset or "cifar10", val_size=val_size)
+        config = config.filled(arch="resnet", teacher_model="resnet_56")
+    config = config.filled(dataset="cifar10", val_size=0.1, init="random")
     config = replace(config, method="scratch", num_students=1) if config.pretrain else _settle_students(config)
-    return _settle_training(replace(config, init=config.init or "random"))
+    return _settle_training(config)
 
 
 def _settle_students(config: Config) -> Config:
-    student = config.student_model or f"{config.teacher_model}_sparse"
-    if not student.endswith("_sparse"):
-        message = f"{student} has no cheap convolutions: leave out {{flag}} or add _sparse"
+    config = config.filled(student_model=f"{config.teacher_model}_sparse", method="od")
+    if not config.student_model.endswith("_sparse"):
+        message = f"{config.student_model} has no cheap convolutions: leave out {{flag}} or add _sparse"
         config.refuse("conv", "groups", "pruned_num", message=message)
     if config.conv != "group":
         config.refuse("groups", message="{flag} belongs to --conv group")
     if config.init == "teacher" and not config.teacher_dir:
         raise UserError("--init teacher starts students from a pretrained teacher's weights: give --teacher_dir")
-    if config.init == "teacher" and student.removesuffix("_sparse") != config.teacher_model:
+    if config.init == "teacher" and config.student_model.removesuffix("_sparse") != config.teacher_model:
         raise UserError(
             f"--init teacher needs a student of the teacher's own architecture: give --student_model "
             f"{config.teacher_model}_sparse"
         )
-    method = config.method or "od"
-    return replace(
-        config,
-        student_model=student,
-        conv=config.conv or "depthwise",
-        groups=config.groups or 4,
-        method=method,
-        num_students=config.num_students or METHODS[method].num_students,
-    )
+    return config.filled(conv="depthwise", groups=4, num_students=METHODS[config.method].num_students)
 
 
 def _settle_finetune(config: Config) -> Config:
@@ -197,8 +188,7 @@ def _settle_training(config: Config) -> Config:
         config.refuse("lr_decay_step", message="{flag} belongs to --scheduler step")
     else:
         defaults["lr_decay_step"] = [max(1, config.num_epochs // 2), max(1, config.num_epochs * 3 // 4)]
-    open_fields = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **open_fields)
+    config = config.filled(**defaults)
     if config.export_teacher and not method.has_online_teacher(config):
         raise UserError("--export_teacher exports the online teacher, and this run has none: leave it out")
     return config
@@ -221,7 +211,7 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
         paths = ("data_dir",) if config.data_dir else ("data_dir", "labels")  # labels belong to the folder
         found |= {name: then[name] and Path(then[name]) for name in paths}
         found |= {name: then.get(name) for name in ("image_size", "train_size")}
-    return replace(config, **{name: value for name, value in found.items() if getattr(config, name) is None})
+    return config.filled(**found)
 
 
 def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
