@@ -3,8 +3,8 @@
     python finetune.py --refine experiment/digits/resnet_pruned_18.pt --pruned --job_dir experiment/digits_refined
     python finetune.py --refine experiment/digits/checkpoint/last.pt --job_dir experiment/digits_refined
 
-With --pruned, --refine is an exported student; without, a training checkpoint, whose best student is taken out of it.
-The file says what network it is and, unless flags say otherwise, which data to refine it on.
+--refine is an exported student with --pruned, and otherwise a training checkpoint, whose best student is refined.
+The file determines the network and, unless flags do, the data.
 """
 
 from utils import options

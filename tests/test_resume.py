@@ -50,7 +50,7 @@ def test_resume_from_another_folder_brings_its_record_along(runs, tmp_path):
 
 def test_resume_without_a_checkpoint_starts_anew(runs, tmp_path):
     output = succeed("main.py", *runs.student_flags, "--num_epochs", 1, "--resume", "--job_dir", tmp_path / "new")
-    assert "no checkpoint yet: starting anew" in output
+    assert "no checkpoint to resume yet" in output
 
 
 def test_resume_refuses_a_best_epoch_that_is_of_another_run(runs, tmp_path):

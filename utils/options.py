@@ -198,7 +198,7 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
     """Fill in the defaults of finetune.py that come from the metadata of the file to refine.
 
     Raises:
-        UserError: a flag contradicts what the file says of its network.
+        UserError: a flag contradicts the metadata.
     """
     for name, key in _STATED.items():
         value = getattr(config, name)

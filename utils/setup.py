@@ -111,7 +111,7 @@ class Run:
         lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.notes()]
         lines += contention(self.device)
         if config.resume:
-            lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint yet: starting anew")
+            lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint to resume yet")
         if self.teacher:
             found = check_accuracy(self.teacher, val, dataset.val.targets, config.force)
             role = "" if config.miu else ", only to compare with"
