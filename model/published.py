@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".pth.tar", ".pt.tar", "model.bin", "
 # Keys under which training scripts save the state dict, preferred to others.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 CONTAINERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
-COUNTERS = re.compile(r"(?:^|\.)total_(?:ops|params)$")  # left in a network by thop, which counts operations
+COSTS = re.compile(r"(?:^|\.)total_(?:ops|params)$")  # left in a network by thop, which counts operations
 
 Names = dict[str, str | None]  # regular expression -> replacement, or None to drop the key
 Outline = Callable[..., Mapping[str, Tensor]]  # keyword arguments of a variant -> outline of the network
@@ -103,9 +102,9 @@ def load(
     if not dicts:
         raise UserError(f"{source}: the file has no state dict, neither bare nor under a key such as {WRAPPERS[0]}")
     outline_of = functools.cache(lambda **variant: outline(partial(builder, **variant)))
-    files = [_closest(arch, key, weights, outline_of) for key, weights in dicts.items()]
+    files = [_adapt(arch, key, weights, outline_of) for key in dicts for weights in _without_prefixes(dicts[key])]
     file = min(files, key=lambda file: file.differences)
-    fitting = [other.wrapper for other in files if not other.differences]
+    fitting = dict.fromkeys(other.wrapper for other in files if not other.differences)
     if len(fitting) > 1 and file.wrapper not in WRAPPERS:
         raise UserError(
             f"{source}: the file has several such state dicts, {', '.join(fitting)}: save one of them alone"
@@ -123,8 +122,8 @@ def _state_dicts(content: Any) -> dict[str | None, dict[str, Tensor]]:
     """The state dicts of a file under their keys, those of WRAPPERS first; None is the key of a bare one."""
     if is_state_dict(content):
         return {None: content}
-    found = {key: value for key, value in content.items() if is_state_dict(value)} if isinstance(content, dict) else {}
-    return {key: found[key] for key in (*WRAPPERS, *found) if key in found}
+    found = content if isinstance(content, dict) else {}
+    return {key: found[key] for key in (*WRAPPERS, *found) if isinstance(key, str) and is_state_dict(found.get(key))}
 
 
 def _without_prefixes(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -139,23 +138,13 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tenso
         yield bare
 
 
-def _closest(arch: str, wrapper: str | None, weights: Mapping[str, Tensor], outline_of: Outline) -> _File:
-    """The first spelling of the keys that matches the network, or else the one with the fewest differences."""
-    files = []
-    for original in _without_prefixes(weights):
-        files.append(_adapt(arch, wrapper, original, outline_of))
-        if not files[-1].differences:
-            break
-    return min(files, key=lambda file: file.differences)
-
-
 def _adapt(arch: str, wrapper: str | None, original: Mapping[str, Tensor], outline_of: Outline) -> _File:
     """The weights under this project's keys, and the variant of the network that they fit."""
     weights = {
         key: value
         for key, value in original.items()
         # A counter in floating point was cast with the weights; in half precision it may have overflowed.
-        if not (COUNTERS.search(key) or (key.endswith("num_batches_tracked") and value.is_floating_point()))
+        if not (COSTS.search(key) or (key.endswith("num_batches_tracked") and value.is_floating_point()))
     }
     for project in PROJECTS:
         names = project.names.get("torchvision" if is_external(arch) else arch, {})
@@ -164,22 +153,6 @@ def _adapt(arch: str, wrapper: str | None, original: Mapping[str, Tensor], outli
         weights = _fold_biases(weights)
     variant = _VARIANTS[arch](weights) if arch in _VARIANTS else {}
     return _File(arch, wrapper, original, weights, variant, outline_of(**variant))
-
-
-def load_safetensors(file: Path) -> dict[str, Tensor]:
-    """Load the state dict in a .safetensors file.
-
-    Raises:
-        UserError: the package safetensors is not installed, or the file is damaged.
-    """
-    try:
-        return importlib.import_module("safetensors.torch").load_file(file)
-    except ImportError as error:
-        raise UserError(
-            f"{file} needs the package safetensors, which is not installed: pip install safetensors"
-        ) from error
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{file} cannot be read as safetensors: it is damaged or cut off") from error
 
 
 def _torchvision_normalization(name: str) -> MeanStd:

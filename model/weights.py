@@ -1,8 +1,14 @@
-"""State dicts into networks. A state dict that does not match is refused, with the first keys that do not fit."""
+"""Weights from files into networks: no code in a file is run, and weights that do not match are refused."""
 
 import hashlib
+import importlib
+import mmap
+import re
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +16,76 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import is_state_dict
+
+
+class _Unread(list):
+    """Stands for a harmless object beside the weights. Its own class is never called, and its values are dropped."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Classes, by module, of the flags, paths and scores that training scripts save beside the weights.
+_UNREAD = {
+    "numpy": "dtype ndarray",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
+    **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath WindowsPath PurePosixPath PureWindowsPath"),
+    "builtins": "bool int float str bytes tuple list dict frozenset range slice",
+    **{"argparse": "Namespace", "types": "SimpleNamespace", "collections": "deque", "decimal": "Decimal"},
+    "datetime": "datetime date time timedelta timezone",
+}
+_STAND_INS = [(_Unread, f"{module}.{name}") for module, names in _UNREAD.items() for name in names.split()]
+_STAND_INS.append((lambda *factory: {}, "collections.defaultdict"))  # which may contain the weights
+
+
+def read_weights(path: Path) -> Any:
+    """The content of a file of torch.save or of a .safetensors file, on the CPU: tensors and plain containers.
+
+    No code in it is run. Numpy's values, paths and flags beside the weights are dropped.
+
+    Raises:
+        UserError: the file does not exist, is damaged, has objects of other classes (names the first one), or needs
+            the package safetensors, which is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        _check_archive(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):
+            warnings.simplefilter("ignore")  # on unusual pickles; they load or raise an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs the package safetensors, which is not installed: pip install safetensors"
+        ) from error
+    except Exception as error:  # a damaged file can raise anything; torch's advice on it would not be safe to follow
+        fault = "it is damaged, cut off, or no checkpoint"
+        if unknown := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            fault = (
+                f"it has a {unknown[1]}, and only weights and plain values are read, since other objects could run "
+                "code; save the weights alone, as in torch.save(network.state_dict(), FILE)"
+            )
+        raise UserError(f"{path} cannot be read as a checkpoint: {fault}") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Check an archive's checksums and unpacked size, and for bytearrays of any length; torch.load does not.
+
+    Raises:
+        Exception: the file is damaged, or made to exhaust the memory.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise ValueError("a bytearray, which no file of weights needs")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_size != entry.file_size for entry in archive.infolist()) or archive.testzip():
+                raise ValueError("another archive than torch.save writes, or a damaged one")
 
 
 def build_with(weights: Mapping[str, Tensor], builder: Callable[[], nn.Module], source: str) -> nn.Module:

@@ -84,7 +84,7 @@ FAULTS = [
           "tests/test_interruption.py -k lock"),
     Fault("files: written in place", "utils/files.py", 'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
           "temporary = path", "tests/test_checkpoint.py tests/test_paths.py"),
-    Fault("checkpoint: code is run", "utils/files.py",
+    Fault("checkpoint: code is run", "model/weights.py",
           'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False', "tests/test_payloads.py"),
     Fault("checkpoint: not finite weights pass", "model/weights.py",
           "if not value.to(own[key].dtype).isfinite().all():", "if False:",

@@ -5,6 +5,7 @@ import datetime
 import io
 import os
 import re
+import sys
 import types
 import zipfile
 from argparse import Namespace
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import model
+from model.weights import read_weights
 from tests.helpers import meta
 from utils import checkpoint
 from utils.checkpoint import Meta
-from utils.files import from_plain, read_weights
+from utils.files import from_plain
 from utils.normalization import NORMALIZATIONS, describe, parse
 from utils.teacher import load_teacher
 
@@ -243,3 +245,10 @@ def test_normalizations_are_described_as_they_are_typed():
     for name, value in NORMALIZATIONS.items():
         assert describe(value) == name
     assert parse(describe(((0.1, 0.2, 0.3), (0.5, 0.25, 0.125)))) == ((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="needs the package safetensors, which is not installed: pip install"):
+        load_teacher(tmp_path, "resnet_20", 10, CPU)

@@ -18,10 +18,10 @@ from data.sources import DataSet, Fingerprint
 from model import build, check_architecture
 from model.external import is_file
 from model.online import Ensemble
-from model.weights import build_with, fingerprint
+from model.weights import build_with, fingerprint, read_weights
 from utils import normalization
 from utils.errors import UserError
-from utils.files import Malformed, atomic_write, from_plain, is_plain, read_weights, to_plain
+from utils.files import Malformed, atomic_write, from_plain, is_plain, to_plain
 from utils.methods import METHODS
 from utils.metrics import Best, Scores
 from utils.options import as_typed, changed_flag, completed

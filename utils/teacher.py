@@ -206,7 +206,7 @@ def load_teacher(
         UserError: no such file, no checkpoint, or one of another architecture, width or number of classes.
     """
     file, arch, meta = find_file(path, name), arch or architecture_of(name), None
-    content = published.load_safetensors(file) if file.suffix == ".safetensors" else load(file)
+    content = load(file)
     if isinstance(content, TrainingCheckpoint):
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
     if isinstance(content, ExportedNetwork):
