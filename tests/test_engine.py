@@ -50,10 +50,11 @@ def batch(count=6, num_classes=4):
     return torch.randn(count, 3, 8, 8, generator=generator), torch.arange(count) % num_classes
 
 
-def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective(nesterov):
     """Two steps in float64, against the update rule written out."""
     args = arguments("--lr", 0.05, "--momentum", 0.8, "--weight_decay", 0.01, "--lambda", 0.7, "--temperature", 3)
-    args = replace(args, miu=0.4)
+    args = replace(args, miu=0.4, nesterov=nesterov)
     learner, reference = online_teacher().double(), online_teacher().double()
     teacher = pretrained_teacher().double()
     trainer = Trainer(learner, teacher, args, CPU, "fp32")
@@ -72,7 +73,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective():
         for name, p, grad in zip(names, parameters, torch.autograd.grad(expected, parameters), strict=True):
             update = grad + 0.01 * p.data
             velocity[name] = 0.8 * velocity[name] + update if name in velocity else update
-            p.data -= 0.05 * velocity[name]
+            p.data -= 0.05 * (update + 0.8 * velocity[name] if nesterov else velocity[name])
     for key, value in learner.state_dict().items():
         torch.testing.assert_close(value, reference.state_dict()[key], rtol=1e-7, atol=1e-9)
 
@@ -339,7 +340,7 @@ def test_length_of_a_cosine_schedule_is_fixed(job):
 
 NEWER_FLAGS = {
     "method", "detach_teacher", "rampup_epochs", "train_size", "image_size", "warmup_epochs", "accumulate", "sync_bn",
-    "teacher_norm", "save_every_minutes",
+    "teacher_norm", "save_every_minutes", "nesterov", "label_smoothing",
 }  # fmt: skip
 
 
@@ -361,6 +362,8 @@ def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
         ("--warmup_epochs", 1): "with --warmup_epochs 0.0, not with --warmup_epochs 1.0: resume it with",
         ("--warmup_epochs", 0, "--rampup_epochs", 2): "with --rampup_epochs 0.0,",
         ("--warmup_epochs", 0, "--accumulate", 2): "with --accumulate 1,",
+        ("--warmup_epochs", 0, "--nesterov"): "without --nesterov,",
+        ("--warmup_epochs", 0, "--label_smoothing", 0.1): "with --label_smoothing 0.0,",
         ("--warmup_epochs", 0, "--train_size", 9): "without --train_size",
     }.items():
         resumed, meta = of_forgetful(*flags)

@@ -26,8 +26,12 @@ def softmax(row, temperature=1.0):
     return [p / sum(powers) for p in powers]
 
 
-def slow_cross_entropy(rows, targets):
-    return sum(-math.log(softmax(row)[y]) for row, y in zip(rows, targets, strict=True)) / len(rows)
+def slow_cross_entropy(rows, targets, smoothing=0.0):
+    total = 0.0
+    for row, y in zip(rows, targets, strict=True):
+        for c, p in enumerate(softmax(row)):
+            total -= ((1 - smoothing) * (c == y) + smoothing / K) * math.log(p)
+    return total / len(rows)
 
 
 def slow_kl(teacher_rows, student_rows, temperature, reduction):
@@ -157,8 +161,9 @@ def test_detached_online_teacher_learns_from_targets_alone(logits):
     torch.testing.assert_close(gradients[0], torch.autograd.grad(mutual["loss"], student)[0])
 
 
-def objective(method, lam=0.0, temperature=4.0, miu=0.0):
-    return METHODS[method].objective(Config(lam=lam, temperature=temperature, miu=miu))
+def objective(method, lam=0.0, temperature=4.0, miu=0.0, label_smoothing=0.0):
+    config = Config(lam=lam, temperature=temperature, miu=miu, label_smoothing=label_smoothing)
+    return METHODS[method].objective(config)
 
 
 def test_rampup_is_a_factor_of_the_online_term(logits):
@@ -270,3 +275,21 @@ def test_peers_that_are_certain_have_a_finite_loss_and_gradient():
     assert loss.isfinite()
     assert student.grad.isfinite().all()
     assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_label_smoothing_is_of_the_cross_entropy_alone(logits, scores, method):
+    student, teacher, pretrained, targets = logits
+    has_teacher, learns_from_one = method in ("od", "one"), METHODS[method].uses_pretrained
+    inputs = (student, teacher if has_teacher else None, targets, *([scores] if method == "okddip" else []))
+    settings = {"lam": METHODS[method].lam, "miu": float(learns_from_one)}
+    plain, smooth = (
+        objective(method, **settings, label_smoothing=smoothing)(*inputs, pretrained_logits=pretrained)
+        for smoothing in (0.0, 0.1)
+    )
+    y, expected = targets.tolist(), {name: term.item() for name, term in plain.items() if name.startswith("kl_")}
+    expected["ce_students"] = sum(slow_cross_entropy(rows, y, 0.1) for rows in student.tolist())
+    if has_teacher:
+        expected["ce_teacher"] = slow_cross_entropy(teacher.tolist(), y, 0.1)
+    expected["loss"] = sum(expected.values())
+    assert {name: term.item() for name, term in smooth.items()} == pytest.approx(expected, rel=1e-12)

@@ -205,7 +205,13 @@ class Config:
     )
     lr: float = _training("learning rate", 0.1, finetune=1e-4, type=_positive)
     momentum: float = _training("of SGD", 0.9, type=_fraction)
+    nesterov: bool = _training("Nesterov momentum, as in timm's sgd", False)
     weight_decay: float = _training("of SGD, on all parameters", 2e-4, type=_weight)
+    label_smoothing: float = _training(
+        "label smoothing of the training cross-entropy, of the students and of the online teacher; not of the KL terms",
+        0.0,
+        type=_fraction,
+    )
     scheduler: str = _training("learning rate schedule", "step", choices=("step", "cosine"))
     lr_decay_step: list[int] | None = _training(
         "epochs after which --scheduler step divides the rate by 10 (default: a half and three quarters of them)",

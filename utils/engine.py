@@ -58,7 +58,12 @@ class Trainer:
 
         self.objective = METHODS[config.method].objective(config)
         self.optimizer = torch.optim.SGD(
-            learner.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+            learner.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+            fused=True,
         )
         self.forward = torch.compile(self.learner) if execution.compiled else self.learner
         if distributed.world_size() > 1:

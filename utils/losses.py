@@ -30,6 +30,7 @@ def online_distillation(
     reduction: str = "batchmean",
     detach_teacher: bool = False,
     rampup: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """The loss and its terms, each a scalar with its weight applied, so that `loss` is the sum of the others.
 
@@ -46,6 +47,7 @@ def online_distillation(
             averages over both, as the authors' code does, which is K times weaker.
         detach_teacher: no gradient of the online term to the online teacher, which then learns from the targets alone.
         rampup: factor of lam, from 0 to 1; a tensor if a CUDA graph reads it from memory.
+        label_smoothing: of the cross-entropy, as torch's; the KL terms have none.
 
     Returns:
         loss; ce_students; with an online teacher ce_teacher; with lam kl_online; with miu kl_pretrained.
@@ -59,10 +61,10 @@ def online_distillation(
             raise ValueError(f"there is no {kind} teacher to learn from: give its logits, or the weight 0")
 
     student_logits = _at_least_float32(student_logits)
-    terms = {"ce_students": _cross_entropy(student_logits, targets)}
+    terms = {"ce_students": _cross_entropy(student_logits, targets, label_smoothing)}
     if teacher_logits is not None:
         teacher_logits = _at_least_float32(teacher_logits)
-        terms["ce_teacher"] = F.cross_entropy(teacher_logits, targets)
+        terms["ce_teacher"] = F.cross_entropy(teacher_logits, targets, label_smoothing=label_smoothing)
     if lam:
         source = teacher_logits.detach() if detach_teacher else teacher_logits
         terms["kl_online"] = rampup * lam * _distillation(source, student_logits, temperature, reduction)
@@ -79,6 +81,7 @@ def mutual_learning(
     temperature: float = 1.0,
     reduction: str = "batchmean",
     rampup: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """Deep mutual learning (arXiv 1706.00384, section 3.3, where T and lam are 1): as `online_distillation`, but
 
@@ -94,7 +97,8 @@ def mutual_learning(
     # The terms with j = i are included: they are 0 and have no gradient.
     peers = student_logits.detach()
     mutual = sum(_distillation(peer, student_logits, temperature, reduction) for peer in peers) / (len(peers) - 1)
-    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * mutual})
+    ce_students = _cross_entropy(student_logits, targets, label_smoothing)
+    return _summed({"ce_students": ce_students, "kl_online": rampup * lam * mutual})
 
 
 def collaborative_learning(
@@ -104,6 +108,7 @@ def collaborative_learning(
     temperature: float = 2.0,
     reduction: str = "batchmean",
     rampup: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """KDCL-MinLogit (Guo et al., CVPR 2020, section 3): as `online_distillation`, but
 
@@ -117,7 +122,8 @@ def collaborative_learning(
     known = student_logits.detach()
     teacher_logits = (known - known.gather(-1, targets.expand(len(known), -1)[..., None])).amin(0)
     online = _distillation(teacher_logits, student_logits, temperature, reduction)
-    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * online})
+    ce_students = _cross_entropy(student_logits, targets, label_smoothing)
+    return _summed({"ce_students": ce_students, "kl_online": rampup * lam * online})
 
 
 def diverse_peers(
@@ -128,6 +134,7 @@ def diverse_peers(
     temperature: float = 3.0,
     reduction: str = "batchmean",
     rampup: float | Tensor = 1.0,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """OKDDip (arXiv 1912.00350): as `online_distillation`, but with N - 1 peers and, as the last student, a leader:
 
@@ -151,7 +158,8 @@ def diverse_peers(
     # Logarithms of distributions, times T, are logits of them.
     teacher_logits = temperature * torch.cat([log_targets, log_mean])
     online = _distillation(teacher_logits, student_logits, temperature, reduction)
-    return _summed({"ce_students": _cross_entropy(student_logits, targets), "kl_online": rampup * lam * online})
+    ce_students = _cross_entropy(student_logits, targets, label_smoothing)
+    return _summed({"ce_students": ce_students, "kl_online": rampup * lam * online})
 
 
 def _check_reduction(reduction: str) -> None:
@@ -163,10 +171,10 @@ def _summed(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
 
-def _cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(student_logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     """The sum over students of the mean over images."""
-    num_students = len(student_logits)
-    return num_students * F.cross_entropy(student_logits.flatten(0, 1), targets.repeat(num_students))
+    num_students, targets = len(student_logits), targets.repeat(len(student_logits))
+    return num_students * F.cross_entropy(student_logits.flatten(0, 1), targets, label_smoothing=label_smoothing)
 
 
 def _distillation(teacher_logits: Tensor, student_logits: Tensor, temperature: float, reduction: str) -> Tensor:

@@ -190,7 +190,8 @@ class DiversePeers(Method):
 
 def _settings(config: Config) -> dict[str, Any]:
     """The arguments that all losses have."""
-    return {"lam": config.lam, "temperature": config.temperature, "reduction": config.kl_reduction}
+    settings = {"lam": config.lam, "temperature": config.temperature, "reduction": config.kl_reduction}
+    return settings | {"label_smoothing": config.label_smoothing}
 
 
 def _among_students(loss: Callable[..., dict[str, Tensor]], config: Config) -> Objective:

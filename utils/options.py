@@ -184,6 +184,8 @@ def _settle_training(config: Config) -> Config:
         "miu": 1.0 if config.teacher_dir and method.uses_pretrained else 0.0,
         "rampup_epochs": method.rampup * config.num_epochs,
     }
+    if config.momentum == 0:
+        config.refuse("nesterov", message="{flag} needs a --momentum above 0")
     if config.scheduler == "cosine":
         config.refuse("lr_decay_step", message="{flag} belongs to --scheduler step")
     else:
@@ -247,6 +249,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         "warmup_epochs": 0.0,
         "rampup_epochs": 0.0,
         "accumulate": 1,
+        "label_smoothing": 0.0,
         **dict.fromkeys(("teacher_norm", "labels", "image_size", "train_size")),
     }
     return off | then | config
