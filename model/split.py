@@ -1,4 +1,4 @@
-"""timm's protocol, which online teachers need, for networks that do not follow it."""
+"""timm's protocol, which online teachers and attention need, for networks that do not follow it."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
         raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
     if features.dim() != 4 or features.shape[1] != network.num_features:
         raise UserError(
-            f"{name} has no feature map (B, {network.num_features}, H, W) for an online teacher, but one of "
+            f"{name} has no feature map (B, {network.num_features}, H, W) for this --method, but one of "
             f"{tuple(features.shape)}: choose another network"
         )
 

@@ -270,7 +270,7 @@ def test_networks_that_cannot_be_students(arch, name, size, message):
     ("size", "message"),
     [
         (64, "levit_128 does not take images of 64 x 64"),
-        (224, r"levit_128 has no feature map \(B, 384, H, W\) for an online teacher"),
+        (224, r"levit_128 has no feature map \(B, 384, H, W\) for this --method"),
     ],
 )
 def test_networks_without_a_feature_map(size, message):
@@ -360,16 +360,17 @@ def test_functions_that_build_no_student(file, name, message):
         model.build(f"{name}_sparse", arch=str(file), input_size=(3, 8, 8))
 
 
-def test_only_an_online_teacher_needs_a_feature_map(file, tmp_path):
+def test_only_an_online_teacher_and_attention_need_a_feature_map(file, tmp_path):
     """Plain training and knowledge distillation look at logits alone, and so do the files that they write."""
     job, teacher = tmp_path / "job", tmp_path / "teacher.pt"
     torch.save(model.build("branching", 10, arch=str(file)).state_dict(), teacher)
     network = ("--arch", file, "--teacher_model", "branching")
     common = ("--dataset", "digits", "--num_epochs", 1, "--train_size", 32, "--val_size", 64)
-    error = fail("main.py", *network, *common, "--job_dir", job)
-    assert "Branching cannot be split" in error
-    assert "give it forward_features, forward_head, num_features" in error
-    assert not job.exists()
+    for method in ("od", "okddip"):
+        error = fail("main.py", *network, *common, "--method", method, "--job_dir", job)
+        assert "Branching cannot be split" in error
+        assert "give it forward_features, forward_head, num_features" in error
+        assert not job.exists()
     teaching = ("--method", "kd", "--teacher_dir", teacher, "--force")
     assert "exported" in succeed("main.py", *network, *common, *teaching, "--job_dir", job)
     (exported,) = job.glob("*pruned*.pt")

@@ -302,7 +302,7 @@ def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
         (("--num_epochs", 4), "--lr_decay_step 1 2, not with --lr_decay_step 2 3: resume it with --lr_decay_step 1 2"),
         (("--scheduler", "cosine"), "with --scheduler step, not with --scheduler cosine"),
         (("--seed", 1), "--seed 0, not with --seed 1"),
-        (("--train_size", 100), "without --train_size, not with --train_size 100.0: resume it without --train_size"),
+        (("--train_size", 100), "without --train_size, not with --train_size 100: resume it without --train_size"),
         (("--sync_bn",), "without --sync_bn"),
         (("--method", "scratch"), "with --method od, not with --method scratch"),
         (("--teacher_model", "resnet_32"), "with --teacher_model resnet_20"),
@@ -359,11 +359,11 @@ def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
     resumed.resume(job.last, meta)
     assert resumed.epoch == 1
     for flags, message in {
-        ("--warmup_epochs", 1): "with --warmup_epochs 0.0, not with --warmup_epochs 1.0: resume it with",
-        ("--warmup_epochs", 0, "--rampup_epochs", 2): "with --rampup_epochs 0.0,",
+        ("--warmup_epochs", 1): "with --warmup_epochs 0, not with --warmup_epochs 1: resume it with",
+        ("--warmup_epochs", 0, "--rampup_epochs", 2): "with --rampup_epochs 0,",
         ("--warmup_epochs", 0, "--accumulate", 2): "with --accumulate 1,",
         ("--warmup_epochs", 0, "--nesterov"): "without --nesterov,",
-        ("--warmup_epochs", 0, "--label_smoothing", 0.1): "with --label_smoothing 0.0,",
+        ("--warmup_epochs", 0, "--label_smoothing", 0.1): "with --label_smoothing 0,",
         ("--warmup_epochs", 0, "--train_size", 9): "without --train_size",
     }.items():
         resumed, meta = of_forgetful(*flags)

@@ -62,6 +62,10 @@ class Method:
     def has_online_teacher(self, config: Config) -> bool:
         return False
 
+    def needs_features(self, config: Config) -> bool:
+        """Whether the learner takes the students' feature maps, which not all networks give."""
+        return self.has_online_teacher(config)
+
     def online_teacher(self, students: Sequence[nn.Module], num_classes: int) -> Students:
         """The students with their online teacher; raises a UserError if the method has none."""
         raise UserError(f"the method '{self.name}' has no online teacher")
@@ -176,6 +180,9 @@ class DiversePeers(Method):
 
     def candidates(self, num_students: int) -> Sequence[int]:
         return [num_students - 1]
+
+    def needs_features(self, config: Config) -> bool:
+        return True
 
     def learner(self, config: Config, students: Sequence[nn.Module], num_classes: int) -> Students:
         from model.online import PeerAttention

@@ -87,7 +87,7 @@ class Run:
         num_classes = len(self.dataset.classes)
         method, name, size = METHODS[self.config.method], self.config.trained_model, self.dataset.input_size
         check_fits(networks[0], name, size, num_classes)
-        if method.has_online_teacher(self.config):
+        if method.needs_features(self.config):
             check_features(networks[0], name, size)
         return method.learner(self.config, networks, num_classes)
 
