@@ -19,6 +19,7 @@ FOLDER = ROOT / "tests" / "earlier_version"
 STUDENT = FOLDER / "resnet_pruned_18.pt"
 NETWORKS = ("--dataset", "digits", "--teacher_model", "resnet_20", "--conv", "shift", "--num_students", 1)
 TRAINING = ("--lambda", 0.1, "--num_epochs", 2, "--train_batch_size", 32, "--lr", 0.05, "--seed", 1)
+SCHEDULE = ("--lr_decay_step", 1, 1)  # its default for two epochs
 COMPUTED = ("--device", "cpu", "--precision", "fp32", "--compile", "off")
 
 
@@ -37,7 +38,7 @@ def test_job_is_resumed_to_its_end(tmp_path):
     job = tmp_path / "job"
     shutil.copytree(FOLDER / "job", job)
     before = (job / "metrics.jsonl").read_text()
-    output = succeed("main.py", *NETWORKS, *TRAINING, *COMPUTED, "--resume", "--job_dir", job)
+    output = succeed("main.py", *NETWORKS, *TRAINING, *SCHEDULE, *COMPUTED, "--resume", "--job_dir", job)
     assert "resuming after epoch 1" in output
     assert (job / "metrics.jsonl").read_text().startswith(before)
     epochs = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,9 @@ def test_learning_rates():
     assert 0 < learning_rate(long, 300) < 1e-5
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(300, [150, 225]), (1, [1, 1]), (10, [5, 7])])
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(300, [150, 225]), (10, [5, 7]), (3, [1, 2]), (2, [1, 2]), (1, [1, 2])]
+)
 def test_default_decay_is_after_a_half_and_three_quarters(epochs, expected):
     assert arguments("--num_epochs", epochs).lr_decay_step == expected
 

@@ -189,7 +189,8 @@ def _settle_training(config: Config) -> Config:
     if config.scheduler == "cosine":
         config.refuse("lr_decay_step", message="{flag} belongs to --scheduler step")
     else:
-        defaults["lr_decay_step"] = [max(1, config.num_epochs // 2), max(1, config.num_epochs * 3 // 4)]
+        half = max(1, config.num_epochs // 2)
+        defaults["lr_decay_step"] = [half, max(half + 1, config.num_epochs * 3 // 4)]
     config = config.filled(**defaults)
     if config.export_teacher and not method.has_online_teacher(config):
         raise UserError("--export_teacher exports the online teacher, and this run has none: leave it out")
