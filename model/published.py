@@ -239,10 +239,11 @@ PROJECTS = (
     ),
     Project(
         "chenyaofo/pytorch-cifar-models, RepDistiller, mdistiller",  # have the same keys, and state no normalization
-        lambda file: file.arch in ("resnet", "vgg"),
+        lambda file: file.has(r"\.downsample\.") or file.variant.get("classifier") == "mlp",
         {"resnet": {r"\.downsample\.": ".shortcut."}},
     ),
-    Project("this program", lambda file: True),
+    Project("this program", lambda file: file.weights.keys() <= file.original.keys()),
+    Project("several projects", lambda file: True),
 )
 
 

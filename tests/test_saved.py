@@ -219,7 +219,15 @@ def test_the_only_checkpoint_of_a_folder(tmp_path, weights, name):
 @pytest.mark.parametrize(
     ("wrap", "expected"),
     [
-        (lambda w: w, "chenyaofo/pytorch-cifar-models, RepDistiller, mdistiller; .*: that of the students, since none"),
+        (lambda w: w, "this program; .*: that of the students, since none"),
+        (
+            lambda w: {"model": {key.replace("shortcut.", "downsample."): value for key, value in w.items()}},
+            "chenyaofo/pytorch-cifar-models, RepDistiller, mdistiller; .*: that of the students, since none",
+        ),
+        (
+            lambda w: {"model": {key.replace("fc.", "linear."): value for key, value in w.items()}},
+            "several projects; .*: that of the students, since none",
+        ),
         (lambda w: {"net": w}, "kuangliu/pytorch-cifar; normalization of the teacher: cifar$"),
         (
             lambda w: {"state_dict": {key.replace("fc.", "linear."): value for key, value in w.items()}},
