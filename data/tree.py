@@ -79,10 +79,10 @@ def _split_folders(root: Path, uses: Sequence[str]) -> tuple[dict[str, Path], li
             folders[use] = root / name
     unused = sorted(set(names) - {folder.name for folder in folders.values()})
     if "train" not in folders:
-        there = f", only {_listed(unused)}" if unused else ""
+        there = f", only {_listed(names)}" if names else ""
         raise UserError(f"{root} has no folder train{there}: {LAYOUT}")
     if len(folders) == 1:
-        raise UserError(f"{root} has neither test nor val beside train: {LAYOUT}")
+        raise UserError(f"{root} has neither test nor val, only {_listed(names)}: {LAYOUT}")
     remarks = [f"Not used: the folder(s) {_listed(unused)} beside train in {root}."] if unused else []
     return {use: folders[use] for use in uses if use in folders}, remarks
 

@@ -81,13 +81,89 @@ def test_folder_reads_every_image_and_its_class(tmp_path):
         assert np.array_equal(split.images, expected)
 
 
-def test_folder_leaves_out_hidden_folders_and_takes_nested_ones(tmp_path):
+def test_hidden_files_and_folders_are_no_images(tmp_path):
     make_tree(tmp_path / "set")
-    shutil.copytree(tmp_path / "set" / "train" / "cat", tmp_path / "set" / "train" / ".ipynb_checkpoints")
-    shutil.copytree(tmp_path / "set" / "train" / "cat", tmp_path / "set" / "train" / "dog" / "more")
-    source = folder(tmp_path / "set", 1)
-    assert source.classes == ["cat", "dog"]
-    assert source.train.targets.tolist() == [0] * 6 + [1] * 12
+    cat = tmp_path / "set" / "train" / "cat"
+    for hidden in (".ipynb_checkpoints", "@eaDir", "dog/.@__thumb", "dog/@__thumb", "../.cache", "../@Recycle"):
+        shutil.copytree(cat, cat.parent / hidden)
+    (cat / "._0.png").write_bytes(b"of macOS")
+    dataset = folder(tmp_path / "set", 1)
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.train.targets.tolist() == [0] * 6 + [1] * 6
+    assert dataset.remarks == []
+
+
+def test_folders_in_a_class_and_links_to_folders_are_followed_once(tmp_path):
+    make_tree(tmp_path / "set")
+    train, elsewhere = tmp_path / "set" / "train", tmp_path / "elsewhere"
+    shutil.copytree(train / "cat", elsewhere / "deep" / "er")
+    shutil.copytree(train / "cat", train / "dog" / "more")
+    (train / "dog" / "linked").symlink_to(elsewhere)
+    (train / "eel").symlink_to(elsewhere)
+    for loop, target in (
+        ("cat/loop", "."),
+        ("cat/up", "../.."),
+        ("dog/more/cat", "../../../../set"),
+        ("dog/a", "more"),
+    ):
+        (train / loop).symlink_to(target)
+    (elsewhere / "deep" / "back").symlink_to(elsewhere)
+    dataset = folder(tmp_path / "set", 1)
+    assert dataset.train.targets.tolist() == [0] * 6 + [1] * 18 + [2] * 6
+    assert dataset.remarks == []
+
+
+def test_files_that_are_not_used_are_counted_and_named(tmp_path):
+    make_tree(tmp_path / "set", splits=("train", "test", "annotations", "masks"))
+    train = tmp_path / "set" / "train"
+    for name in ("cat/a.txt", "cat/deep/b.TXT", "dog/c", "d.csv"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).touch()
+    (train / "dog" / "gone").symlink_to("nowhere")
+    (train / "dog" / "self").symlink_to("self")
+    shutil.copy(train / "cat" / "0.png", train / "loose.png")
+    dataset = folder(tmp_path / "set", 1)
+    assert len(dataset.train) == 12
+    unused, others, loose = dataset.remarks
+    assert unused == f"Not used: the folder(s) annotations, masks beside train in {tmp_path / 'set'}."
+    assert "6 files that Pillow does not read as images (3 no extension, 2 .txt, 1 .csv), such as" in others
+    assert f"1 images beside the class folders, such as {train / 'loose.png'}" in loose
+    assert data.load("folder", tmp_path / "set", 0).doubts()[:3] == dataset.remarks
+
+
+@pytest.mark.parametrize("extension", ["jfif", "jpe", "JPG", "gif", "tga", "jp2", "webp", "apng"])
+def test_images_of_other_extensions_are_read(tmp_path, extension):
+    make_tree(tmp_path / "set")
+    (tmp_path / "set" / "train" / "cat" / "0.png").unlink()
+    Image.new("RGB", (10, 8), (255, 0, 0)).convert("P" if extension == "gif" else "RGB").save(
+        tmp_path / "set" / "train" / "cat" / f"a.{extension}", "JPEG" if extension in ("jfif", "jpe") else None
+    )
+    dataset = folder(tmp_path / "set", 1)
+    np.testing.assert_allclose(dataset.train.images[5].astype(int), np.full((8, 10, 3), (255, 0, 0)), atol=5)
+    assert dataset.remarks == []
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_val(tmp_path, name):
+    make_tree(tmp_path / "set", splits=("train", name, "test"), count=3)
+    assert len(folder(tmp_path / "set", 1).val) == 6
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "val")
+    with pytest.raises(ValueError, match=rf"has val and {name}, which both mean val: rename or move one"):
+        folder(tmp_path / "set", 1)
+
+
+@pytest.mark.parametrize("image_size", [None, 32])
+def test_training_images_that_are_all_alike_are_reported(tmp_path, image_size):
+    make_tree(tmp_path / "set")
+    for path in (tmp_path / "set" / "train").rglob("*.png"):
+        Image.new("RGBA", (10, 8), (0, 0, 0, int(path.stem))).save(path)
+    assert folder(tmp_path / "set", 1, image_size).remarks == []  # transparency differs
+    for path in (tmp_path / "set" / "train").rglob("*.png"):
+        Image.new("RGB", (10, 8)).save(path)
+    assert (
+        "12 training images were compared, and all of them are alike"
+        in folder(tmp_path / "set", 1, image_size).remarks[0]
+    )
 
 
 @pytest.mark.parametrize(("train_size", "expected"), [(100, 100), (0.5, 646), (None, 1293)])
@@ -163,12 +239,24 @@ def remove_images(root):
         image.unlink()
 
 
+def flatten_test(root):
+    for path in (root / "test").rglob("*.png"):
+        path.rename(root / "test" / f"{path.parent.name}{path.name}")
+    for path in (root / "test").glob("*/"):
+        path.rmdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (remove_images, "no images in .*train"),
         (lambda root: (root / "test" / "dog" / "3.png").write_bytes(b"no image"), r"1 of the 24 images .*dog/3\.png"),
-        (lambda root: (root / "train").rename(root / "training"), "no folder train"),
+        (lambda root: (root / "train").rename(root / "training"), "no folder train, only test, training: expected"),
+        (
+            lambda root: [p.rename(p.with_suffix(".heic")) for p in (root / "train" / "dog").iterdir()],
+            r"train/dog has no images that Pillow reads, only files such as .*/dog/0\.heic",
+        ),
+        (flatten_test, r"test has images, but no class folders: move each image into .*test/<class>/.*--labels"),
         (lambda root: (root / "test").rename(root / "testing"), "neither test nor val"),
         (lambda root: (root / "train" / "dog").rename(root / "dog"), "holds 1 class"),
         (lambda root: [p.unlink() for p in (root / "train" / "dog").iterdir()], "no images in .*dog"),
