@@ -38,7 +38,8 @@ class Region(NamedTuple):
     def cut(self, pixels: Tensor, factor: int = 1) -> Tensor:
         """The region of pixels (3, H, W), which are those of the image divided by a factor."""
         bottom, right = -(-(self.top + self.height) // factor), -(-(self.left + self.width) // factor)
-        return pixels[:, self.top // factor : bottom, self.left // factor : right]
+        region = pixels[:, self.top // factor : bottom, self.left // factor : right]
+        return region.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # by a quarter faster to scale than a view
 
 
 class TrainingCrop:

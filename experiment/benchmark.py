@@ -2,6 +2,7 @@
 
     python experiment/benchmark.py                 # every convolution, against the plain baseline
     python experiment/benchmark.py --scale         # and by the number of students and the batch size
+    python experiment/benchmark.py --streaming DIR # instead, CPU time of reading the photographs in DIR/train/<class>
 
 Four ResNet-56 students with an online teacher, random images of 32 x 32, no pretrained teacher. The **plain baseline**
 computes as the released code does: PyTorch's operators one by one, float32, NCHW, a Python loop over the students,
@@ -139,9 +140,19 @@ def main() -> None:
     parser.add_argument("--convs", nargs="+", choices=KINDS, default=KINDS, help="(default: all)")
     parser.add_argument("--steps", type=int, help="timed steps (default: 5 on a CPU, 20 elsewhere)")
     parser.add_argument("--scale", action="store_true", help="also 1 to 8 students, batches of 64 to 1024")
+    parser.add_argument("--streaming", type=Path, metavar="DIR", help="measure the reading of photographs instead")
     parser.add_argument("--compile", choices=("auto", "on"), default="auto", help="of main.py (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="of main.py (default: %(default)s)")
     args = parser.parse_args()
+    if args.streaming:
+        from experiment import loading
+
+        print(f"{describe(torch.device('cpu'))}; torch {torch.__version__}; medians of 3 passes over 300 photographs\n")
+        print_row("", "pipeline", "CPU, us/image", "ours / it")
+        print_row("---", "---", "--:", "--:")
+        for row in loading.compare(args.streaming, images=300, rounds=3):
+            print_row(*row)
+        return
     device = pick_device(args.device)
     steps = args.steps or (5 if device.type == "cpu" else 20)
     precisions = list(dict.fromkeys(["fp32", pick_precision("auto", device)]))

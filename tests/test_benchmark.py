@@ -1,8 +1,15 @@
-"""The benchmark's baseline does the same work as what it is compared with, only slower."""
+"""The benchmarks' baselines do the same work as what they are compared with, only slower."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
+import data
+from experiment import loading
 from experiment.benchmark import Baseline, Ours, Setting, noise, work
 from model import fused
 from model.conv import KINDS
@@ -35,3 +42,26 @@ def test_work_of_a_step():
     first, second, third = 16 * 32 * 32, 32 * 16 * 16, 64 * 8 * 8  # a map of each stage
     # Stem and first stage; two later stages, whose first block starts at the size before and projects; the head.
     assert elements == 2 * (19 * first + (2 * first + 18 * second) + (2 * second + 18 * third) + third)
+
+
+def test_the_pipelines_of_the_streaming_benchmark_make_the_same_batches(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            image = Image.fromarray(pixels).resize((300, 280), Image.Resampling.BICUBIC)
+            image.save(tmp_path / split / name / "a.jpg", quality=95)
+    dataset, repeated = data.load("folder", tmp_path, 0, image_size=224), np.array([0, 1, 0])
+    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(dataset.mean, dataset.std)])
+    others = [
+        partial(other, tmp_path / "train", repeated, normalize) for other in (loading.references, loading.tensors)
+    ]
+    for training in (True, False):
+        ((images, targets),) = loading.ours(dataset, repeated, training)
+        assert sorted(targets.tolist()) == [0, 0, 1]
+        for other in others:
+            ((expected, expected_targets),) = other(training)
+            assert (images.shape, images.dtype) == (expected.shape, expected.dtype)
+            if not training:
+                assert torch.equal(targets, expected_targets)
+                assert (images - expected).abs().max() < 1.01 / 255 / 0.224
