@@ -1,6 +1,7 @@
 """Batches of images in memory: crops, flips and normalization happen on the device, on whole batches."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,25 @@ class AugmentedBatches(Batches):
             chosen = chosen[share(len(chosen))]
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
             yield self.normalize(crops.permute(0, 3, 1, 2)), self.targets[chosen]
+
+
+class Waiting:
+    """Yields batches and measures the time that passes until each of them is there."""
+
+    def __init__(self, batches: Iterable[tuple[Tensor, Tensor]]):
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.started = asked = time.perf_counter()
+        for batch in self.batches:
+            self.seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    @property
+    def share(self) -> str:
+        """The percentage of the time since the start that was spent waiting: "12 %"."""
+        return f"{100 * self.seconds / (time.perf_counter() - self.started):.0f} %"
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

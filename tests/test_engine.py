@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -512,3 +513,24 @@ def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch)
     trainer.step = lambda *batch: (steps.append(1), step(*batch))[1]
     trainer.train_one_epoch(train, job)
     assert set(waits) == {3, 6, 8}  # 8: the end of the epoch
+
+
+class Slow(AugmentedBatches):
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.05)
+            yield batch
+
+
+@pytest.mark.parametrize("slow", ["data", "step"])
+def test_log_states_how_much_of_the_time_was_waiting_for_data(job, slow):
+    trainer, meta = of_forgetful("--num_epochs", 1, "--print_freq", 2)
+    (train, val), step = loaders(), trainer.step
+    if slow == "data":
+        train.__class__ = Slow
+    else:
+        trainer.step = lambda *batch: (time.sleep(0.05), step(*batch))[1]
+    trainer.fit(train, val, job, meta)
+    shares = [int(share) for share in re.findall(r", data (\d+) %", job.log_file.read_text())]
+    assert len(shares) == 3  # steps 2 and 4 of 6, and the epoch
+    assert all(share > 50 if slow == "data" else share < 50 for share in shares)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.loader import AugmentedBatches, Batches, epoch_seed
+from data.loader import AugmentedBatches, Batches, Waiting, epoch_seed
 from model.online import Students
 from model.weights import load_momentum, load_weights, place
 from utils import checkpoint, distributed
@@ -37,6 +37,7 @@ class Trainer:
     Attributes:
         epoch: epochs done; during training, the one in progress.
         best: the best student on the validation set so far.
+        waiting: the batches of the last epoch, with the share of its time that it waited for them.
         seconds: of training and validation so far, including those before the run was resumed.
         reached: for a log line, the point that a resumed run goes on from.
     """
@@ -129,7 +130,8 @@ class Trainer:
         with tqdm(
             desc=self._title, total=batches.num_images, initial=means.images, unit=" images", leave=False, disable=None
         ) as bar:
-            for images, targets in batches:
+            self.waiting = Waiting(batches)
+            for images, targets in self.waiting:
                 moment = self.epoch, (means.steps + 1) / steps
                 self.set_rates(learning_rate(self.config, *moment), online_rampup(self.config, *moment))
                 result = self.step(images, targets)
@@ -137,10 +139,10 @@ class Trainer:
                 bar.update(result.size)
                 if means.steps % self.config.print_freq == 0:
                     self._settle(steps, job)
-                    loss = f"{means.losses[-1][0]:.4f}"
-                    bar.set_postfix(loss=loss)
+                    loss, waited = f"{means.losses[-1][0]:.4f}", self.waiting.share
+                    bar.set_postfix(loss=loss, data=waited)
                     if bar.disable and means.steps < steps:  # without a terminal
-                        job.logger.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}")
+                        job.logger.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}, data {waited}")
                 if meta:
                     self._save_if_due(batches, job, meta)
         self._settle(steps, job)
@@ -199,7 +201,8 @@ class Trainer:
                 epoch_started, images = time.perf_counter(), train.num_images - self.means.images
                 self._begin_epoch(train)
                 train_scores = self.train_one_epoch(train, job, meta)
-                speed = images / (time.perf_counter() - epoch_started)
+                seconds = time.perf_counter() - epoch_started
+                speed = f"{images / seconds:,.0f} images/s, data {self.waiting.share}, "
                 interruption.message = f"{self._title} is saved, not evaluated; {job.how_to_go_on}"
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
@@ -212,7 +215,7 @@ class Trainer:
                 job.logger.info(
                     f"{self._title}: loss {train_scores.loss['total']:.4f}, "
                     f"validation {self.scores}, best {self.best.accuracy:.2f}; "
-                    + (f"{speed:,.0f} images/s, " if images else "")  # a resumed run may have had its last step
+                    + (speed if images else "")  # a resumed run may have had its last step
                     + f"{timedelta(seconds=round(left))} left"
                 )
             self.seconds = time.perf_counter() - self._since
