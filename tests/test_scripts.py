@@ -115,7 +115,7 @@ def test_exported_student_describes_itself(runs):
     expected |= {"num_classes": 10, "classes": [str(i) for i in range(10)], "input_size": [3, 8, 8]}
     expected["preprocessing"] = {
         "resize": (8, 8), "crop": (8, 8), "interpolation": "bilinear", "antialias": True, "decoder": "pillow",
-        "filter": "pillow",
+        "filter": "pillow", "background": "white",
     }  # fmt: skip
     assert {key: meta[key] for key in expected} == expected
     assert len(meta["mean"]) == len(meta["std"]) == 3
