@@ -91,6 +91,7 @@ NETWORKS = {
     "shift": lambda: build("resnet_20_sparse", 10, "shift"),
     "shifts of all forms": Shifts,
     "torchvision": lambda: build("resnet18_sparse", 10, "shift", arch="torchvision"),
+    "padding shortcut": lambda: build("resnet_20_sparse", 10, "depthwise", pruned_num=2, shortcut="A"),
     "timm": lambda: build("resnet10t_sparse", 10, "depthwise", arch="timm"),
     "TensorFlow's padding": padded_as_tensorflow,
 }
@@ -106,7 +107,8 @@ def test_an_onnx_file_computes_what_the_network_does(name, capfd):
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} | {opset.domain for opset in model.opset_import} == {""}
     assert not model.functions
-    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert {"BatchNormalization", "ReduceMean", "Reshape"}.isdisjoint(node.op_type for node in model.graph.node)
+    assert model.opset_import[0].version == (19 if "shifts" in name else 14)  # Pad knows "wrap" since 19
     assert str(ROOT).encode() not in content
     session = onnxruntime.InferenceSession(content)
     assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
@@ -115,6 +117,42 @@ def test_an_onnx_file_computes_what_the_network_does(name, capfd):
         (logits,) = session.run(["logits"], {"images": images})
         expected = answers(network, images)
         np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["TensorFlow's padding", "padding shortcut"])
+def test_onnx_files_are_read_by_others(name):
+    """OpenCV with batches of changing size, and onnx2torch."""
+    dnn = pytest.importorskip("cv2").dnn
+    convert = pytest.importorskip("onnx2torch").convert
+    torch.manual_seed(0)
+    network = randomize(NETWORKS[name]())
+    content = export.to_onnx(export.fold(network, META), META)
+    reader = dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
+    converted = convert(onnx.load_from_string(content)).eval()
+    for count in (1, 3, 2):
+        images = pixels(count)
+        expected = answers(network, images)
+        reader.setInput(images)
+        for logits in (reader.forward(), converted(torch.from_numpy(images)).detach().numpy()):
+            np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+
+
+class Means(nn.Module):
+    """Means over other axes than height and width, and reshapes of more than the batch's images."""
+
+    def forward(self, x):
+        rows = x.mean(3).reshape(-1, 16).mean(1).reshape(-1, 3)
+        return rows + x.mean((1, 2))[:, :3] + x.mean((2, 3), keepdim=True).reshape(-1, 3) + x.mean((0, 2, 3))
+
+
+def test_other_means_and_reshapes_keep_their_form():
+    graph, images = export.fold(Means(), META), pixels(4)
+    content = export.to_onnx(graph, META)
+    assert Counter(node.op_type for node in onnx.load_from_string(content).graph.node) > Counter(
+        {"GlobalAveragePool": 1, "Flatten": 1, "ReduceMean": 4, "Reshape": 2}
+    )
+    logits = export.session(content)(images)
+    np.testing.assert_allclose(logits, answers(Means(), images), atol=1e-5)
 
 
 def kernels_in_onnx(name):
@@ -211,6 +249,9 @@ def test_files_for_pytorch_load_without_this_project():
         "torchscript": torch.jit.load(io.BytesIO(export.to_torchscript(graph, META))),
         "pt2": torch.export.load(io.BytesIO(export.to_pt2(graph, META))).module(),
     }
+    operators = {str(node.target) for node in torch.export.load(io.BytesIO(export.to_pt2(graph, META))).graph.nodes}
+    assert "aten.convolution.default" in operators  # of the core set, to which runtimes of PyTorch's programs keep
+    assert not {"aten.conv2d.default", "aten.linear.default"} & operators
     for function in loaded.values():
         for count in (1, 5):
             with torch.no_grad():
@@ -219,10 +260,14 @@ def test_files_for_pytorch_load_without_this_project():
 
 
 class Mean(nn.Module):
-    """The means of the channels as logits."""
+    """The means of the channels, scaled, as logits."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
 
     def forward(self, x):
-        return x.mean((2, 3))
+        return self.scale * x.mean((2, 3))
 
 
 def batches(meta, count=5, batch_size=2):
@@ -245,6 +290,10 @@ def test_agreement_is_of_pixels_as_they_were_and_finds_what_differs():
     assert far.difference == pytest.approx(0.25, rel=1e-4)
     alone = export.compare(lambda images: same(images) + np.float32(len(images) == 1), Mean(), META, batches(META))
     assert not alone.holds
+    for error, holds in ((0.01, True), (1.0, False)):  # of logits in the thousands
+        large = export.compare(lambda images: 1e4 * same(images) + np.float32(error), Mean(1e4), META, batches(META))  # noqa: B023
+        assert (large.holds, large.largest > 1e3) == (holds, True)
+    assert export.Agreement(images=5, differing=1, difference=1e-6, largest=1.0).holds  # a tie
     none = export.compare(lambda images: same(images) * np.float32("nan"), Mean(), META, batches(META))
     assert not none.holds
     deployment = export.Deployment(onnx=b"", agreement=none)
