@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.images import read, reduction_below_limit
+from data.images import open_image, read, reduction_below_limit
 from data.sources import Preprocessing
 
 try:
@@ -85,18 +86,16 @@ def read_region(path: bytes, choose: Callable[[Image.Image], Region]) -> Tensor:
 
     Raises: as `data.images.read` does.
     """
-    region, factor = None, 1
-    with suppress(Exception), open(path, "rb") as file, warnings.catch_warnings():  # `read` finds the reason
+    region, width, factor = None, 0, 1
+    with suppress(Exception), warnings.catch_warnings():  # `read` finds the reason
         warnings.simplefilter("ignore")
-        with Image.open(file) as image:
+        with open_image(path) as image:
             region, width = choose(image), image.width
             factor = max(region.reduction, reduction_below_limit(image))
-            if decode_jpeg and factor == 1 and image.format in ("JPEG", "MPO"):
-                file.seek(0)
+            is_jpeg = isinstance(image, JpegImageFile)
+        if is_jpeg and factor == 1 and decode_jpeg:
+            with open(path, "rb") as file:
                 encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-                return region.cut(decode_jpeg(encoded, ImageReadMode.RGB))
-    if not region:
-        image = read(path)
-        return choose(image).cut(F.pil_to_tensor(image))
+            return region.cut(decode_jpeg(encoded, ImageReadMode.RGB))
     image = read(path, factor)
-    return region.cut(F.pil_to_tensor(image), factor if image.width < width else 1)
+    return (region or choose(image)).cut(F.pil_to_tensor(image), factor if image.width < width else 1)

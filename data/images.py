@@ -42,28 +42,26 @@ def read(path: bytes, reduction: int = 1) -> Image.Image:
 def _read(path: bytes, reduction: int = 1) -> Image.Image:
     """`read`, with Pillow's warnings: warnings.catch_warnings must not run in several threads at once."""
     try:
-        with _open(path, reduction) as image:
+        with open_image(path) as image:
+            needed = reduction_below_limit(image)
+            if needed > 1 and not isinstance(image, JpegImageFile):
+                raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit: scale it down")
+            factor = max(needed, reduction)
+            image.draft(None, (image.width // factor, image.height // factor))
             return to_rgb(image)
     except Exception as error:  # a damaged image can raise anything
         raise _damage(error) from error
 
 
-def _open(path: bytes, reduction: int = 1) -> Image.Image:
-    """As Image.open, with the sides of a JPEG file divided by `reduction`, or by more if it is above Pillow's limit."""
+def open_image(path: bytes) -> Image.Image:
+    """As Image.open, also for JPEG files of more than twice Pillow's limit of pixels."""
     try:
-        image = Image.open(path)
-    except Image.DecompressionBombError as error:  # of twice the limit
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
         try:
-            image = JpegImageFile(path)
+            return JpegImageFile(path)
         except SyntaxError:  # no JPEG file
             raise ValueError(f"{error}: scale it down") from error
-    needed = reduction_below_limit(image)
-    if needed > 1 and not isinstance(image, JpegImageFile):
-        image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit: scale it down")
-    factor = max(needed, reduction)
-    image.draft(None, (image.width // factor, image.height // factor))
-    return image
 
 
 def reduction_below_limit(image: Image.Image) -> int:
@@ -113,7 +111,7 @@ def usual_size(paths: np.ndarray) -> tuple[int, int]:
         with warnings.catch_warnings(), suppress(DamagedImage):
             warnings.simplefilter("ignore")
             try:
-                with _open(path) as image:
+                with open_image(path) as image:
                     sizes[image.size] += 1
             except Exception as error:
                 raise _damage(error) from error
