@@ -12,6 +12,7 @@ from torch import nn
 
 import data
 from data import make_loaders
+from data.images import read
 from experiment import classify
 from tests.helpers import make_tree, meta
 from utils import export
@@ -117,6 +118,16 @@ def test_images_in_memory_stay_as_they_are_and_others_are_scaled_to_cover_them(t
         for values, side, shown in ((red, width, 10), (green, height, 8)):
             assert values.mean() == pytest.approx((side - 1) / 2, abs=0.5)  # the center
             assert np.ptp(values) == pytest.approx(step * (shown - 1), abs=step)
+
+
+def test_files_of_older_versions_drop_transparency_as_they_did(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    older = {"resize": [5, 7], "crop": [5, 7], "decoder": "pillow"}
+    assert np.array_equal(classify.read(str(tmp_path / "a.png"), older), pixels[..., :3])
+    white = classify.read(str(tmp_path / "a.png"), older | {"background": "white"})
+    assert np.array_equal(white, read(str(tmp_path / "a.png").encode()))
+    assert not np.array_equal(white, pixels[..., :3])
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_classified(photographs, file, tmp_path, capsys):
