@@ -30,10 +30,10 @@ from utils.config import FORMATS
 from utils.errors import UserError, first_line
 from utils.files import atomic_write
 from utils.job import deployed
+from utils.onnx_graph import OPSET, finished
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of the logits, relative to the largest one or to 1
-OPSET = 18  # of ONNX, the lowest that PyTorch exports to without a conversion
 WIDE_GROUP = 16  # channels per group below which ONNX Runtime is faster with merged, wider groups
 # Metadata of an ONNX file: strings as they are, everything else as JSON.
 METADATA = (
@@ -173,77 +173,12 @@ def to_onnx(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
     Raises:
         Exception: PyTorch cannot translate this graph.
     """
-    import onnx
-
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with _quiet():
         program = torch.onnx.export(_to_program(graph, meta), dynamo=True, verbose=False, opset_version=OPSET, **names)
-    model = program.model_proto
-    _pool_globally(model.graph)
-    _lower_opset(model)
-    parts = model.graph
-    for part in (model, parts, *parts.node, *parts.initializer, *parts.input, *parts.output):
-        del part.metadata_props[:]  # PyTorch's notes on the source code of each
-    del parts.value_info[:]
-    for value in (*parts.input, *parts.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    parts.input[0].doc_string = "RGB in 0 .. 1: the graph itself normalizes, by the metadata's mean and std"
     stated = {key: meta[key] for key in METADATA if key in meta}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
-    onnx.helper.set_model_props(model, texts)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
-
-
-def _lower_opset(model: Any) -> None:
-    """State the lowest opset, 14 or above, that has the operators of an onnx.ModelProto, for old readers."""
-    from onnx import defs, helper
-
-    def version(node: Any) -> int:
-        if node.op_type == "Pad":  # its fourth input, axes, came with 18
-            wraps = any(attribute.name == "mode" and attribute.s == b"wrap" for attribute in node.attribute)
-            return 19 if wraps else 18 if len(node.input) > 3 else 13
-        if node.op_type == "BatchNormalization":  # 15 allows more types of numbers
-            return 14
-        return defs.get_schema(node.op_type, OPSET).since_version
-
-    model.opset_import[0].version = max(14, *map(version, model.graph.node))
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
-
-
-def _pool_globally(graph: Any) -> None:
-    """Replace ReduceMean over height and width by GlobalAveragePool, and Reshape to (-1, n) by Flatten, in place.
-
-    More readers of ONNX take these, in any version and with changing batch sizes.
-
-    Args:
-        graph: an onnx.GraphProto with `value_info`.
-    """
-    from onnx.helper import make_node
-    from onnx.numpy_helper import to_array
-
-    constants = {tensor.name: to_array(tensor).tolist() for tensor in graph.initializer if len(tensor.dims) == 1}
-    values = (*graph.value_info, *graph.input)
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-    for i in reversed(range(len(graph.node))):
-        node = graph.node[i]
-        if node.op_type not in ("ReduceMean", "Reshape"):
-            continue
-        (source, parameter), output, shape = node.input, node.output[0], shapes.get(node.input[0], ())
-        constant = constants.get(parameter)
-        if node.op_type == "Reshape" and len(shape) > 1 and constant == [-1, math.prod(shape[1:])]:
-            node.CopyFrom(make_node("Flatten", [source], [output], node.name))
-        elif (
-            node.op_type == "ReduceMean" and len(shape) == 4 and constant and {axis % 4 for axis in constant} == {2, 3}
-        ):
-            keeps = any(attribute.name == "keepdims" and attribute.i for attribute in node.attribute)
-            pooled = output if keeps else f"{output}_pooled"
-            node.CopyFrom(make_node("GlobalAveragePool", [source], [pooled], node.name))
-            if not keeps:
-                graph.node.insert(i + 1, make_node("Flatten", [pooled], [output], f"{node.name}_flatten"))
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+    return finished(program.model_proto, texts)
 
 
 def to_torchscript(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
