@@ -36,7 +36,6 @@ from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
 from utils.tables import ONLINE_TEACHER, Row, standard_name
-from utils.teacher import start_from
 
 
 def main(config: Config) -> None:
@@ -47,9 +46,8 @@ def main(config: Config) -> None:
     run = prepare(config, [config.teacher_dir])
     torch.manual_seed(config.seed)
     learner = run.learner(build_networks(run))
-    start, notes = "from random weights", remarks(learner.students[0])
+    start, notes = run.start(learner.students), remarks(learner.students[0])
     if config.init == "teacher":
-        start = start_from(run.teacher, learner.students)
         notes.append(f"students start {start}")
     trainer, meta = run.trainer(learner), describe_run(run, learner, start)
     run.train(trainer, meta, notes)

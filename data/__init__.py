@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data.folder import folder
 from data.loader import AugmentedBatches, Batches
@@ -87,6 +89,16 @@ def load(
 
 def _number_of(size: float, count: int) -> int:
     return round(size * count) if size < 1 else int(size)
+
+
+def sample(dataset: DataSet, device: torch.device, workers: int, count: int = 512) -> list[Tensor]:
+    """Up to `count` training images, stratified and not augmented, in batches of about 128; each process gets all."""
+    count = min(count, len(dataset.train))
+    chosen = stratified_split(dataset.train.targets, count)[0]
+    part = dataset.train[np.repeat(chosen, world_size())]
+    size = -(-count // -(-count // 128))
+    loaders = make_loaders(replace(dataset, train=part, val=part), len(part), size, 0, device, workers)
+    return [images for images, _ in loaders.val]
 
 
 class Loaders(NamedTuple):

@@ -111,8 +111,7 @@ def inherit(student: nn.Module, teacher: nn.Module) -> float:
         UserError (a ValueError): the teacher has no standard convolution for a cheap one. The student is then
             unchanged.
     """
-    standard = dict(teacher.named_modules())
-    pairs = [(cheap, _counterpart(name, cheap, standard)) for name, cheap in _cheap_convs(student)]
+    pairs = replaced(student, teacher)
     given = teacher.state_dict()
     with torch.no_grad():
         for name, value in student.state_dict().items():
@@ -124,6 +123,16 @@ def inherit(student: nn.Module, teacher: nn.Module) -> float:
     lost = sum(cheap.approximate(conv.weight) for cheap, conv in pairs)
     total = sum(conv.weight.detach().double().square().sum().item() for _, conv in pairs)
     return 1 - lost / total if total else 1.0
+
+
+def replaced(student: nn.Module, teacher: nn.Module) -> list[tuple[CheapConv2d, nn.Conv2d]]:
+    """The cheap convolutions of a student, each with the teacher's convolution that it replaces.
+
+    Raises:
+        UserError: the teacher has none for one of them.
+    """
+    standard = dict(teacher.named_modules())
+    return [(cheap, _counterpart(name, cheap, standard)) for name, cheap in _cheap_convs(student)]
 
 
 def not_inherited(student: nn.Module, teacher: nn.Module) -> list[str]:

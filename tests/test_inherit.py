@@ -11,6 +11,7 @@ import main
 import model
 from model.conv import KINDS, CheapConv2d
 from model.convert import add_noise, cheapen, inherit, not_inherited
+from model.reconstruct import reconstruct
 from tests.helpers import report_of
 from utils import options
 from utils.checkpoint import load_student
@@ -161,19 +162,28 @@ def test_a_teacher_of_another_network_changes_nothing(teacher):
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
+IMAGES = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+
+
+def started(teacher, students):
+    """`start_from` with random images."""
+    return start_from(teacher, students, IMAGES, [(IMAGES[0], torch.arange(8) % 4)])
+
+
 def test_what_the_teacher_does_not_have_is_named():
     student, teacher = model.build("resnet_20_sparse"), model.build("resnet_20", shortcut="A")
     missing = not_inherited(student, teacher)
     assert {name.split(".shortcut.")[0] for name in missing} == {"layer2.0", "layer3.0"}
-    assert "layer2.0.shortcut.0.weight" in start_from(teacher, [student])
+    assert "layer2.0.shortcut.0.weight" in started(teacher, [student])
 
 
 def test_students_but_the_first_differ_by_noise():
     torch.manual_seed(0)
     teacher, students = model.build("resnet_20"), [model.build("resnet_20_sparse") for _ in range(3)]
-    start_from(teacher, students)
     exact = model.build("resnet_20_sparse")
     inherit(exact, teacher)
+    reconstruct(exact, teacher, IMAGES)
+    started(teacher, students)
     first, second, third = (student.layer2[1].conv1.pointwise.weight for student in students)
     assert torch.equal(first, exact.layer2[1].conv1.pointwise.weight)
     assert (second - first).std().item() == pytest.approx(NOISE * first.std().item(), rel=0.1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import data
-from data import Loaders, make_loaders
+from data import Loaders, make_loaders, sample
 from data.sources import DataSet
 from model import build, variant_for
 from model.online import Students
@@ -33,7 +33,7 @@ from utils.errors import UserError, exit_with, guard, log
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
-from utils.teacher import check_accuracy, pretrained_teacher, with_normalization_of
+from utils.teacher import check_accuracy, pretrained_teacher, start_from, with_normalization_of
 
 # Refusals of the operating system: missing permission, no space left, an impossible name, too many open files.
 REFUSALS = {
@@ -90,6 +90,13 @@ class Run:
         if method.needs_features(self.config):
             check_features(networks[0], name, size)
         return method.learner(self.config, networks, num_classes)
+
+    def start(self, students: Sequence[nn.Module]) -> str:
+        """Start the students from random weights or, with --init teacher, from the teacher's; for log and report."""
+        if self.config.init != "teacher":
+            return "from random weights"
+        images = sample(self.dataset, self.device, _workers(self.config))
+        return start_from(self.teacher, students, images, self.loaders.val)
 
     def trainer(self, learner: Students) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
@@ -149,7 +156,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     apply_execution(execution)
     job = Job(config.job_dir, config.recorded())
     resumed = None if config.test_only else job.checkpoint_to_resume(config.resume, config.reset, inputs)
-    workers = min(config.workers or 8, cores())
+    workers = _workers(config)
     sizes = (config.val_size, workers, config.image_size, config.train_size)
     dataset = data.load(config.dataset, config.data_dir, *sizes, labels=config.labels)
     for remark in dataset.remarks if config.test_only else ():  # otherwise they go to the log of the job
@@ -162,6 +169,10 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
     return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders)
+
+
+def _workers(config: Config) -> int:
+    return min(config.workers or 8, cores())
 
 
 def run_script(main: Callable[[], None]) -> None:

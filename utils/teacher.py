@@ -16,6 +16,7 @@ from data.loader import Batches
 from data.sources import DataSet, first_difference
 from model import architecture_of, build, published, variant_for
 from model.convert import add_noise, inherit, not_inherited
+from model.reconstruct import reconstruct
 from model.weights import place
 from utils.checkpoint import ExportedNetwork, Meta, TrainingCheckpoint, load, restore
 from utils.config import Config
@@ -140,22 +141,34 @@ def with_normalization_of(teacher: nn.Module, dataset: DataSet) -> tuple[DataSet
     return dataset, teacher
 
 
-def start_from(teacher: nn.Module, students: Sequence[nn.Module]) -> str:
-    """Start the students from the teacher's weights (`model.convert.inherit`), and describe it for log and report.
+def start_from(teacher: nn.Module, students: Sequence[nn.Module], images: Sequence[Tensor], val: Batches) -> str:
+    """Start the students from the teacher's weights, and describe it for log and report.
 
-    All but the first get noise, because equal students would learn nothing from one another.
+    The first one inherits (`model.convert.inherit`) and is fitted to the teacher's outputs (`reconstruct`). The others
+    get the same weights with noise, because equal students would learn nothing from one another.
+
+    Args:
+        images: batches of training images.
+        val: validation images, for the accuracies before training.
 
     Raises:
         UserError: the teacher is not the standard network of the students.
     """
-    for student in students:
-        kept = inherit(student, teacher)
-        if student is not students[0]:
-            add_noise(student, NOISE)
-    text = f"from the weights of the pretrained teacher, with {kept:.1%} of the energy of the replaced convolutions"
+    first = students[0].to(images[0].device)
+    kept = inherit(first, teacher)
+    inherited = accuracy(first, val)
+    reconstruct(first, teacher, images)
+    for student in students[1:]:
+        student.load_state_dict(first.state_dict())
+        add_noise(student, NOISE)
+    text = (
+        f"from the weights of the pretrained teacher, with {kept:.1%} of the energy of the replaced convolutions and "
+        f"{inherited} on the validation set; fitted to the outputs of the teacher on {sum(map(len, images)):,} "
+        f"training images: {accuracy(first, val)}"
+    )
     if len(students) > 1:
-        text += f", all but the first with noise of {NOISE:g} standard deviations of each kernel"
-    if missing := not_inherited(students[0], teacher):
+        text += f"; all but the first with noise of {NOISE:g} standard deviations of each kernel"
+    if missing := not_inherited(first, teacher):
         text += f"; random, for the teacher has no such weights: {', '.join(missing)}"
     return text
 

@@ -1,0 +1,200 @@
+"""Reconstruction: cheap convolutions are fitted to the outputs of the standard ones, layer by layer, on images."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from model.conv import CheapConv2d
+from model.convert import replaced
+from model.shift import Shift2d, shift_filters
+
+POSITIONS = 10_000  # of each feature map, over all images, drawn at random
+ROUNDS = 10  # of alternating least squares
+STEPS = 20  # of conjugate gradients in each round
+
+
+@torch.no_grad()
+def reconstruct(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Fit each cheap convolution of a student to the output of the standard convolution that it replaces, in place.
+
+    The convolutions follow in the order of the forward pass. The least-squares targets are the teacher's outputs for
+    the same images, the inputs are those of the student so far, so that a convolution makes up for the errors of those
+    before it (as in He et al., *Channel Pruning*, ICCV 2017, section 3.2). Where the student has its stride elsewhere,
+    the target is the output of the standard convolution for the student's input. The fit alternates between both
+    stages of the convolution. In the end, the statistics of BatchNorm are computed again.
+
+    Args:
+        student: one that `model.convert.inherit` started from the teacher.
+        batches: training images, (B, C, H, W) each, on the device of both networks.
+
+    Raises:
+        UserError (a ValueError): the teacher has no standard convolution for a cheap one.
+    """
+    pairs = dict(replaced(student, teacher))
+    if not pairs:
+        return
+    norms = [module for module in student.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    modes, momenta = (student.training, teacher.training), [norm.momentum for norm in norms]
+    student.eval()
+    teacher.eval()
+    for norm in norms:
+        norm.train().momentum = None  # a mean over all batches
+    targets = _outputs(teacher, list(pairs.values()), batches)
+    for cheap in _in_order(student, list(pairs), batches[0]):
+        _fit(cheap, *_samples(student, cheap, pairs[cheap], targets[pairs[cheap]], batches))
+    for norm in norms:
+        norm.reset_running_stats()
+    for images in batches:
+        student(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    student.train(modes[0])
+    teacher.train(modes[1])
+
+
+class _Seen(Exception):
+    """Ends a forward pass when its later layers are not needed."""
+
+
+def _watch(network: nn.Module, images: Tensor, hooks: dict[nn.Module, Callable[[Tensor, Tensor], Any]]) -> None:
+    """A forward pass in which `hooks` get the input and output of modules; one that raises _Seen ends it."""
+    handles = [
+        module.register_forward_hook(lambda _, inputs, output, hook=hook: hook(inputs[0], output))
+        for module, hook in hooks.items()
+    ]
+    with suppress(_Seen):
+        network(images)
+    for handle in handles:
+        handle.remove()
+
+
+def _in_order(network: nn.Module, modules: Sequence[nn.Module], images: Tensor) -> list[nn.Module]:
+    """The modules in the order of the forward pass."""
+    order = {}
+    _watch(network, images, {module: lambda x, y, module=module: order.setdefault(module) for module in modules})
+    return list(order)
+
+
+def _positions(shape: Sequence[int], count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `count` random (image, row, column) of a feature map (B, C, H, W), the same for each map of this size."""
+    size = shape[0], *shape[2:]
+    chosen = torch.randperm(size[0] * size[1] * size[2], generator=torch.Generator().manual_seed(0))[:count]
+    return torch.unravel_index(chosen.to(device), size)
+
+
+def _outputs(
+    teacher: nn.Module, convs: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> dict[nn.Module, list[list[tuple[torch.Size, Tensor]]]]:
+    """For each batch and each call of a convolution, the shape of the output, and the output (n, O) at `_positions`."""
+    found = {conv: [[] for _ in batches] for conv in convs}
+
+    def keep(calls: list[tuple[torch.Size, Tensor]], y: Tensor) -> None:
+        image, row, column = _positions(y.shape, POSITIONS // len(batches), y.device)
+        calls.append((y.shape, y[image, :, row, column]))
+
+    for i, images in enumerate(batches):
+        _watch(teacher, images, {conv: lambda _, y, calls=found[conv][i]: keep(calls, y) for conv in convs})
+    return found
+
+
+def _samples(
+    student: nn.Module,
+    cheap: CheapConv2d,
+    conv: nn.Conv2d,
+    targets: Sequence[list[tuple[torch.Size, Tensor]]],
+    batches: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Patches that the cheap convolution sees, (n, I k k), and the outputs (n, O) that it should have there."""
+    patches, outputs, inputs = [], [], []
+    for images, calls in zip(batches, targets, strict=True):
+        left = list(calls)
+
+        def take(_: Tensor, y: Tensor, left: list[tuple[torch.Size, Tensor]] = left) -> None:
+            shape, target = left.pop(0)
+            found = _patches(cheap, inputs.pop(), _positions(y.shape, POSITIONS // len(batches), y.device))
+            patches.append(found)
+            outputs.append(target if y.shape == shape else F.linear(found, conv.weight.flatten(1), conv.bias))
+            if not left:
+                raise _Seen
+
+        _watch(student, images, {cheap.spatial: lambda x, _: inputs.append(x), cheap: take})
+    return torch.cat(patches), torch.cat(outputs)
+
+
+def _patches(cheap: CheapConv2d, x: Tensor, positions: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The patches of x, the input of the spatial stage, for these positions of the output: (n, I k k)."""
+    spatial, (image, row, column) = cheap.spatial, positions
+    pad = spatial.pad if isinstance(spatial, Shift2d) else spatial._reversed_padding_repeated_twice
+    x = F.pad(x, pad, "constant" if spatial.padding_mode == "zeros" else spatial.padding_mode)
+    rows, columns = (
+        (start * stride)[:, None] + torch.arange(size, device=x.device) * dilation
+        for start, stride, size, dilation in zip(
+            (row, column), cheap.stride, spatial.kernel_size, spatial.dilation, strict=True
+        )
+    )
+    patches = x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, k, k, I)
+    return patches.permute(0, 3, 1, 2).flatten(1)
+
+
+def _fit(cheap: CheapConv2d, patches: Tensor, outputs: Tensor) -> None:
+    """The weights with which the cheap convolution maps `patches` to `outputs` with the least squared error.
+
+    With the filters S (G, n, n k k) of G groups of n channels, the pointwise weight P (O, G n), the patches X and the
+    outputs Y, it minimizes |Y - X (P S)'|^2, in terms of X'X and Y'X: P by a linear system, then S by conjugate
+    gradients, in turn. A shift has no filters to fit. With a bias, X and Y are centered first.
+    """
+    pointwise, spatial = cheap.pointwise, cheap.spatial
+    mean_x, mean_y = patches.mean(0), outputs.mean(0)
+    if pointwise.bias is not None:
+        patches, outputs = patches - mean_x, outputs - mean_y
+    learns = not isinstance(spatial, Shift2d)
+    filters = spatial.weight if learns else shift_filters(cheap.in_channels, spatial.kernel_size).to(patches)
+    groups = spatial.groups if learns else cheap.in_channels
+    n = cheap.in_channels // groups
+    s = filters.cpu().double().reshape(groups, n, -1)  # MPS has no float64
+    xx = (patches.T @ patches).cpu().double().reshape(groups, s.shape[2], groups, s.shape[2])
+    yx = (outputs.T @ patches).cpu().double().reshape(-1, groups, s.shape[2])
+
+    def mixing(s: Tensor) -> Tensor:
+        gram = torch.einsum("hnq,hqgr,gmr->hngm", s, xx, s).reshape(groups * n, groups * n)
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        return torch.linalg.solve(gram, torch.einsum("ogq,gnq->gno", yx, s).reshape(groups * n, -1)).T
+
+    p = mixing(s)
+    for _ in range(ROUNDS if learns else 0):
+        pp = (p.T @ p).reshape(groups, n, groups, n)
+
+        def normal(s: Tensor, pp: Tensor = pp) -> Tensor:
+            return torch.einsum("gmhn,hngr->gmr", pp, torch.einsum("hnq,hqgr->hngr", s, xx))
+
+        residual = torch.einsum("ogn,ogq->gnq", p.reshape(-1, groups, n), yx) - normal(s)
+        s = s + _conjugate_gradients(normal, residual)
+        p = mixing(s)
+    if learns:
+        scale = (p.norm(dim=0) / s.flatten(0, 1).norm(dim=1).clamp_min(1e-12)).sqrt().clamp_min(1e-12)
+        p, s = p / scale, s * scale.reshape(groups, n, 1)  # both stages of one size, as `approximate` makes them
+        spatial.weight.copy_(s.reshape(spatial.weight.shape))
+    pointwise.weight.copy_(p[..., None, None])
+    if pointwise.bias is not None:
+        dense = torch.einsum("ogn,gnq->ogq", p.reshape(-1, groups, n), s).flatten(1)
+        pointwise.bias.copy_(mean_y.cpu() - dense @ mean_x.cpu().double())
+
+
+def _conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
+    """An approximate solution x of normal(x) = right, for a positive semidefinite linear map."""
+    x, residual, direction, size = torch.zeros_like(right), right, right, right.square().sum()
+    for _ in range(STEPS):
+        image = normal(direction)
+        curvature = (direction * image).sum()
+        if curvature <= 0:
+            break
+        x = x + size / curvature * direction
+        residual = residual - size / curvature * image
+        before, size = size, residual.square().sum()
+        direction = residual + size / before * direction
+    return x
