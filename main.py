@@ -16,6 +16,7 @@ if __name__ == "__main__":
     CONFIG = options.parse("main")  # before the imports below, which take seconds: --help and typos answer at once
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from model.convert import RULE, remarks
 from model.online import Students
 from model.weights import load_weights, place
 from utils import checkpoint, report
+from utils.budget import Point, students
 from utils.checkpoint import Inputs, Meta
-from utils.config import BEST, RESUME_LAST, Config
+from utils.config import AUTO, BEST, RESUME_LAST, Config
 from utils.cost import count
 from utils.engine import Trainer
 from utils.methods import METHODS
@@ -45,11 +47,12 @@ def main(config: Config) -> None:
     config = with_networks(config)
     run = prepare(config, [config.teacher_dir])
     torch.manual_seed(config.seed)
-    learner = run.learner(build_networks(run))
+    networks, budget = build_networks(run)
+    learner = run.learner(networks)
     start, notes = run.start(learner.students), remarks(learner.students[0])
     if config.init == "teacher":
         notes.append(f"students start {start}")
-    trainer, meta = run.trainer(learner), describe_run(run, learner, start)
+    trainer, meta = run.trainer(learner), describe_run(run, learner, start, budget)
     run.train(trainer, meta, notes)
 
     report.publish(run, trainer, meta, results(run, trainer))
@@ -57,36 +60,32 @@ def main(config: Config) -> None:
 
 
 def with_networks(config: Config) -> Config:
-    """The configuration, with the architecture and the number of cheap convolutions that flags left open.
-
-    Raises:
-        UserError: a network cannot be built.
-    """
+    """With the architecture and the number of cheap convolutions; raises a UserError if a network cannot be built."""
     check_teacher(config.arch, config.teacher_model)
     config = replace(config, arch=config.arch or architecture_of(config.trained_model))
     check_architecture(config.arch, config.trained_model)
     if config.pretrain:
         return replace(config, pruned_num=0)
-    return replace(config, pruned_num=count_cheap(build_student(config, num_classes=1)))
+    number = count_cheap(build_student(config, num_classes=1))
+    return config if config.pruned_num == AUTO else replace(config, pruned_num=number)
 
 
 def build_student(config: Config, num_classes: int, **variant: Any) -> nn.Module:
-    return build(
-        config.student_model, num_classes, config.conv, config.groups, config.pruned_num, config.arch, **variant
-    )
+    number = None if config.pruned_num == AUTO else config.pruned_num
+    return build(config.student_model, num_classes, config.conv, config.groups, number, config.arch, **variant)
 
 
-def build_networks(run: Run) -> list[nn.Module]:
-    """The standard network, or the students; with --init teacher they have its variant, such as the same shortcuts."""
+def build_networks(run: Run) -> tuple[list[nn.Module], list[Point] | None]:
+    """The standard network, or students (with --init teacher of its variant) and what --pruned_num auto compared."""
     config, dataset = run.config, run.dataset
     if config.pretrain:
-        return [standard_network(config, dataset)]
+        return [standard_network(config, dataset)], None
     variant = variant_for(config.arch, config.student_model, dataset.input_size)
     variant |= run.teacher.variant if config.init == "teacher" else {}
-    return [build_student(config, len(dataset.classes), **variant) for _ in range(config.num_students)]
+    return students(run, partial(build_student, config, len(dataset.classes), **variant))
 
 
-def describe_run(run: Run, learner: Students, start: str) -> Meta:
+def describe_run(run: Run, learner: Students, start: str, budget: list[Point] | None) -> Meta:
     """The metadata of this run's checkpoints and of the network that it exports."""
     config, recorded = run.config, run.config.recorded()
     return Meta(
@@ -94,10 +93,11 @@ def describe_run(run: Run, learner: Students, start: str) -> Meta:
         model=config.trained_model,
         conv=config.conv,
         groups=config.groups,
-        pruned_num=config.pruned_num,
+        pruned_num=count_cheap(learner.students[0]),
         build=learner.students[0].variant,
         rule=RULE,
         start=start,
+        budget=budget and [list(point) for point in budget],
         **run.dataset.meta,
         inputs=Inputs.of(run.dataset, config.data_dir, run.teacher),
         config=recorded,

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from model import external
-from model.conv import cheap_convs, standard_convs
-from model.convert import RULE
+from model.conv import CheapConv2d, Conv, ConvPlan, cheap_convs, standard_conv, standard_convs
+from model.convert import RULE, checked
 from model.subsample import subsample_first
 from utils.errors import UserError
 
@@ -83,6 +84,7 @@ def build(
     pruned_num: int | None = None,
     arch: str | None = None,
     rule: int = RULE,
+    replaced: Sequence[str] | None = None,
     **kwargs,
 ) -> nn.Module:
     """A freshly initialized network.
@@ -91,6 +93,7 @@ def build(
         name: as in `resnet_56` (standard; conv, groups and pruned_num do not apply) or `resnet_56_sparse`.
         conv, groups: of the cheap convolutions, as the kind and groups of `CheapConv2d`.
         pruned_num: how many convolutions are cheap, counted from the output side; None for all.
+        replaced: names of the convolutions that are cheap, instead of pruned_num.
         rule: of the convolutions that pruned_num counts in the networks of `arch`, as in `model.convert.cheapen`.
         arch: "torchvision", "timm" or a Python file that has the network; otherwise its name is one of `names()`.
         kwargs: of the architecture, as `variant_for` gives them: `stem` and `shortcut` of ResNets, `classifier` and
@@ -99,18 +102,44 @@ def build(
     Raises:
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
-    standard, cheap = name.removesuffix(SPARSE), {"groups": groups, "pruned_num": pruned_num}
+    standard = name.removesuffix(SPARSE)
+    cheap = {"groups": groups, "pruned_num": pruned_num if replaced is None else None}
     if not external.is_external(arch):
         _check_name(name, names(), "network")
         plan = partial(cheap_convs, kind=conv, **cheap) if is_sparse(name) else standard_convs
+        if replaced is not None:
+            plan = partial(_chosen_convs, plan, _numbers(standard, replaced, kwargs))
         network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
     elif is_sparse(name):
-        network = external.student(arch, standard, num_classes, conv, **cheap, rule=rule, **kwargs)
+        network = external.student(arch, standard, num_classes, conv, **cheap, rule=rule, names=replaced, **kwargs)
     else:
         network = external.standard(arch, name, num_classes, **kwargs)
     subsample_first(network)
-    network.variant = kwargs  # for students that start from its weights, and for its file
+    # For students that start from its weights, and for its file.
+    network.variant = kwargs if replaced is None else kwargs | {"replaced": list(replaced)}
     return network
+
+
+def _numbers(name: str, replaced: Sequence[str], kwargs: dict[str, Any]) -> set[int]:
+    """The places, in the plan of the network `name`, of the convolutions with these names."""
+    numbers = {}
+
+    def numbered(number: int, *args, **options) -> nn.Module:
+        conv = CheapConv2d(*args, **options)
+        numbers[conv] = number
+        return conv
+
+    with torch.device("meta"):
+        network = _BUILDERS[name](
+            num_classes=1, convs=lambda count: [partial(numbered, number) for number in range(count)], **kwargs
+        )
+    known = {path: numbers[module] for path, module in network.named_modules() if module in numbers}
+    return {known[path] for path in checked(replaced, known)}
+
+
+def _chosen_convs(plan: ConvPlan, chosen: set[int], count: int) -> list[Conv]:
+    cheap = plan(count)
+    return [cheap[number] if number in chosen else standard_conv for number in range(count)]
 
 
 def is_sparse(name: str) -> bool:

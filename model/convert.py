@@ -1,6 +1,7 @@
 """Replacing the standard convolutions of any network by cheap ones, and starting those from trained weights."""
 
 from collections import Counter
+from collections.abc import Container, Sequence
 from math import prod
 
 import torch
@@ -14,7 +15,12 @@ LARGE_SHARE = 0.9  # of the standard network's parameters, above which `remarks`
 
 
 def cheapen(
-    module: nn.Module, kind: str = "depthwise", groups: int = 4, pruned_num: int | None = None, rule: int = RULE
+    module: nn.Module,
+    kind: str = "depthwise",
+    groups: int = 4,
+    pruned_num: int | None = None,
+    rule: int = RULE,
+    names: Sequence[str] | None = None,
 ) -> int:
     """Replace standard k x k convolutions of a network by cheap ones with the same output shape, in place.
 
@@ -26,6 +32,7 @@ def cheapen(
         kind, groups: as in CheapConv2d.
         pruned_num: how many to replace, counted from the end of `replaceable_convs`; None for all.
         rule: of what is replaceable, RULE or the one that a file states.
+        names: the ones to replace, instead of pruned_num.
 
     Returns:
         The number of convolutions that were replaced.
@@ -35,13 +42,24 @@ def cheapen(
             range. The network is then unchanged.
     """
     convs = replaceable_convs(module, rule)
-    convs = convs[len(convs) - number_to_prune(len(convs), pruned_num) :]
+    if names is None:
+        convs = convs[len(convs) - number_to_prune(len(convs), pruned_num) :]
+    else:
+        known = {name: child for name, child in module.named_modules() if child in set(convs)}
+        convs = [known[name] for name in checked(names, known)]
     cheap = {conv: _cheap(conv, kind, groups) for conv in convs}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():  # named_children skips the second use of a module
             if child in cheap:
                 setattr(parent, name, cheap[child])
     return len(cheap)
+
+
+def checked(names: Sequence[str], known: Container[str]) -> Sequence[str]:
+    """The names; raises a UserError if one of them is not of a convolution that can be made cheap, one of `known`."""
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"the network has no convolution '{unknown[0]}' to make cheap")
+    return names
 
 
 def replaceable_convs(module: nn.Module, rule: int = RULE) -> list[nn.Conv2d]:

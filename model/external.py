@@ -73,11 +73,12 @@ def student(
     pruned_num: int | None,
     input_size: Sequence[int] | None = None,
     rule: int = RULE,
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """The same network with cheap convolutions.
 
     Args:
-        conv, groups, pruned_num, rule: as in `model.convert.cheapen`.
+        conv, groups, pruned_num, rule, names: as in `model.convert.cheapen`.
         input_size: (C, H, W) of its images. If given, the network follows timm's protocol where that is possible.
 
     Raises:
@@ -88,7 +89,7 @@ def student(
         others = f" ({kinds} stay as they are)" if (kinds := other_convs(network)) else ""
         message = f"{name} of {arch} has no standard convolution to make cheap but the first{others}"
         raise UserError(f"{message}: choose another one")
-    cheapen(network, conv, groups, pruned_num, rule)
+    cheapen(network, conv, groups, pruned_num, rule, names)
     return _split_if_possible(network, input_size)
 
 

@@ -18,6 +18,7 @@ from utils.methods import METHODS
 
 FORMATS = ("onnx", "torchscript", "pt2")  # of --export, and the suffixes of its files
 LAST = Path("checkpoint") / "last.pt"  # of a job_dir
+AUTO = "auto"  # of --pruned_num
 BEST = Path("checkpoint") / "model_best.pt"
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
@@ -66,6 +67,11 @@ _weight = _number(float, lambda x: x >= 0, "a number, 0 or more")
 _fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
 _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
+_part = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+
+
+def _pruned_num(text: str) -> int | str:
+    return text if text == AUTO else _number(int, lambda x: x >= 0, "a whole number, 0 or more, or auto")(text)
 
 
 def _by_method(name: str, shown: Callable[[float], str] = "{:g}".format) -> str:
@@ -113,8 +119,16 @@ class Config:
     )
     conv: str | None = _network("cheap convolution (default: depthwise)", choices=("depthwise", "group", "shift"))
     groups: int | None = _network("groups of each group convolution (default: 4)", type=_positive_int)
-    pruned_num: int | None = _network(
-        "number of convolutions to replace, counted from the output (default: all)", type=_count
+    pruned_num: int | str | None = _network(
+        "number of convolutions to replace, counted from the output, or auto: those that cost the least for the budget "
+        "of --macs or --max_drop (default: all)",
+        type=_pruned_num,
+    )
+    macs: float | None = _network(
+        "with --pruned_num auto: largest share of the standard network's MACs", type=_part, metavar="SHARE"
+    )
+    max_drop: float | None = _network(
+        "with --pruned_num auto: largest drop of validation accuracy before training", type=_positive, metavar="POINTS"
     )
     num_students: int = _network(
         f"students trained side by side (default: {_by_method('num_students')})", type=_positive_int

@@ -45,6 +45,7 @@ class Job:
         self.report = folder / "report.md"
         self.report_json = folder / "report.json"
         self.curves = folder / "curves.png"
+        self.budget = folder / "budget.png"
         self.lock = Lock(folder / "lock")
         self.logger = log
         self.writes = distributed.rank() == 0  # only one process of a run writes
@@ -180,7 +181,7 @@ class Job:
     def _files(self) -> set[Path]:
         """The files that a run writes, except events, and the networks that the earlier run here exported."""
         files = {self.config, self.log_file, self.metrics, self.last, self.best}
-        files |= {self.report, self.report_json, self.curves}
+        files |= {self.report, self.report_json, self.curves, self.budget}
         exported = {self.export, self.export_teacher}
         with suppress(KeyError, TypeError):  # there is none, or it is damaged
             earlier = self._earlier_config()

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config import LAST, RESUME_LAST, Config, flag_name, flags, is_open, is_recorded
+from utils.config import AUTO, LAST, RESUME_LAST, Config, flag_name, flags, is_open, is_recorded
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -25,6 +25,7 @@ DESCRIPTIONS = {
     "main": "Train cheap-convolution students with an online teacher and export the best of them.",
     "finetune": "Refine a compressed student.",
 }
+_STUDENTS = ("student_model", "conv", "groups", "pruned_num", "macs", "max_drop")
 _METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
 # The fields that --test_only takes from a training checkpoint: its networks and its data.
 _SUBJECT = (
@@ -128,7 +129,17 @@ def settle_main(config: Config) -> Config:
         UserError: flags contradict each other.
     """
     if config.pretrain:
-        networks = ("student_model", "conv", "groups", "pruned_num", "num_students", "teacher_dir", "init")
+        networks = (
+            "student_model",
+            "conv",
+            "groups",
+            "pruned_num",
+            "macs",
+            "max_drop",
+            "num_students",
+            "teacher_dir",
+            "init",
+        )
         message = "--pretrain trains the standard network alone: leave out {flag}"
         config.refuse(*networks, *_METHOD_FLAGS, message=message)
     if config.teacher_model is None:
@@ -142,9 +153,15 @@ def _settle_students(config: Config) -> Config:
     config = config.filled(student_model=f"{config.teacher_model}_sparse", method="od")
     if not config.student_model.endswith("_sparse"):
         message = f"{config.student_model} has no cheap convolutions: leave out {{flag}} or add _sparse"
-        config.refuse("conv", "groups", "pruned_num", message=message)
+        config.refuse(*_STUDENTS[1:], message=message)
     if config.conv != "group":
         config.refuse("groups", message="{flag} belongs to --conv group")
+    if config.pruned_num != AUTO:
+        config.refuse("macs", "max_drop", message="{flag} is a budget for --pruned_num auto: give it, too")
+    elif (config.macs is None) == (config.max_drop is None):
+        raise UserError("--pruned_num auto needs one budget: give either --macs SHARE or --max_drop POINTS")
+    elif config.init != "teacher":
+        raise UserError("--pruned_num auto compares students with the teacher's weights: give --init teacher")
     if config.init == "teacher" and not config.teacher_dir:
         raise UserError("--init teacher starts students from a pretrained teacher's weights: give --teacher_dir")
     if config.init == "teacher" and config.student_model.removesuffix("_sparse") != config.teacher_model:
@@ -161,6 +178,10 @@ def _settle_finetune(config: Config) -> Config:
         raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
     if config.pretrain:
         raise UserError("--pretrain belongs to main.py")
+    if config.pruned_num == AUTO or config.macs is not None or config.max_drop is not None:
+        raise UserError(
+            "finetune.py keeps the convolutions of the student: leave out --pruned_num auto, --macs, --max_drop"
+        )
     message = "finetune.py has no online teacher: leave out {flag}"
     config.refuse("lam", "detach_teacher", "rampup_epochs", message=message)
     config.refuse("init", message="finetune.py starts from the student that it refines: leave out {flag}")
@@ -251,7 +272,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         "rampup_epochs": 0.0,
         "accumulate": 1,
         "label_smoothing": 0.0,
-        **dict.fromkeys(("teacher_norm", "labels", "image_size", "train_size")),
+        **dict.fromkeys(("teacher_norm", "labels", "image_size", "train_size", "macs", "max_drop")),
     }
     return off | then | config
 

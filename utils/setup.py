@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
 from data import Loaders, make_loaders, sample
@@ -95,8 +95,11 @@ class Run:
         """Start the students from random weights or, with --init teacher, from the teacher's; for log and report."""
         if self.config.init != "teacher":
             return "from random weights"
-        images = sample(self.dataset, self.device, _workers(self.config))
-        return start_from(self.teacher, students, images, self.loaders.val)
+        return start_from(self.teacher, students, self.sample(), self.loaders.val)
+
+    def sample(self) -> list[Tensor]:
+        """Batches of training images, to fit cheap convolutions on."""
+        return sample(self.dataset, self.device, _workers(self.config))
 
     def trainer(self, learner: Students) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)

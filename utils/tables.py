@@ -6,6 +6,7 @@ Rows are compared with the first one, which is the standard network.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -225,6 +226,16 @@ def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2f}"
 
 
+def new_figure(job: Job, path: Path, size: tuple[float, float]) -> Any:
+    """A figure of this size in inches; None, with a line in the log, if matplotlib cannot be imported."""
+    try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
+        from matplotlib.figure import Figure
+    except (ImportError, OSError) as error:
+        job.logger.info(f"{path.name} is not drawn: {first_line(error)}")
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
 def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
     """Draw the losses and validation accuracies of metrics.jsonl, if matplotlib can be imported.
 
@@ -232,16 +243,13 @@ def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
         best: the chosen student.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
-    try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, MaxNLocator
-    except (ImportError, OSError) as error:
-        job.logger.info(f"{job.curves.name} is not drawn: {first_line(error)}")
+    if (figure := new_figure(job, job.curves, (11, 4.2))) is None:
         return
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
     metrics = read_metrics(job.metrics)
     epochs = [line["epoch"] for line in metrics]
     losses, accuracies = [line["train"]["loss"] for line in metrics], [line["val"]["accuracy"] for line in metrics]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     marker = "." if len(epochs) <= 30 else ""
 
