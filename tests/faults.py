@@ -30,6 +30,14 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    Fault("reconstruction: the filters of the spatial stage stay", "model/reconstruct.py",
+          "s = s + _conjugate_gradients(normal, residual)", "s = s + 0 * _conjugate_gradients(normal, residual)",
+          "tests/test_reconstruct.py"),
+    Fault("reconstruction: old statistics of BatchNorm", "model/reconstruct.py",
+          "        norm.reset_running_stats()\n", "        pass\n", "tests/test_reconstruct.py"),
+    Fault("budget: the costliest convolutions first", "utils/budget.py",
+          "sorted(costs, key=costs.get)", "sorted(costs, key=costs.get, reverse=True)",
+          "tests/test_budget.py -k energy"),
     Fault("loss: temperature not squared", "utils/losses.py", "temperature**2 * total", "temperature * total",
           "tests/test_losses.py"),
     Fault("loss: KL in the other direction", "utils/losses.py",
