@@ -9,8 +9,10 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 
+import cv2
 import numpy as np
 import onnx
+import onnx2torch
 import onnxruntime
 import pytest
 import torch
@@ -122,13 +124,11 @@ def test_an_onnx_file_computes_what_the_network_does(name, capfd):
 @pytest.mark.parametrize("name", ["TensorFlow's padding", "padding shortcut"])
 def test_onnx_files_are_read_by_others(name):
     """OpenCV with batches of changing size, and onnx2torch."""
-    dnn = pytest.importorskip("cv2").dnn
-    convert = pytest.importorskip("onnx2torch").convert
     torch.manual_seed(0)
     network = randomize(NETWORKS[name]())
     content = export.to_onnx(export.fold(network, META), META)
-    reader = dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
-    converted = convert(onnx.load_from_string(content)).eval()
+    reader = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
+    converted = onnx2torch.convert(onnx.load_from_string(content)).eval()
     for count in (1, 3, 2):
         images = pixels(count)
         expected = answers(network, images)

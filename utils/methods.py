@@ -154,7 +154,8 @@ class NativeEnsemble(Method):
 class CollaborativeLearning(Method):
     """KDCL-MinLogit (Guo et al., CVPR 2020, section 3): each student learns from the least confident logits of all.
 
-    There, each student sees an augmentation of its own; here all see the same batch. The authors published no code.
+    There, each student sees an augmentation of its own; here all see the same batch. The authors published no code: the
+    default temperature is not verified.
     """
 
     name, title = "kdcl", "collaborative learning, KDCL-MinLogit"
