@@ -109,7 +109,7 @@ class Config:
 
     arch: str | None = _network(
         "source of the networks: a file of model/, torchvision, timm or a Python file (default: the file of model/ "
-        "that has the network)"
+        "that has the student)"
     )
     teacher_model: str = _network(
         "the standard network; in a Python file, the function that returns it (default: resnet_56)", metavar="NAME"
