@@ -28,7 +28,6 @@ from model.convert import RULE, remarks
 from model.online import Students
 from model.weights import load_weights, place
 from utils import checkpoint, report
-from utils.budget import Point, students
 from utils.checkpoint import Inputs, Meta
 from utils.config import AUTO, BEST, RESUME_LAST, Config
 from utils.cost import count
@@ -75,17 +74,17 @@ def build_student(config: Config, num_classes: int, **variant: Any) -> nn.Module
     return build(config.student_model, num_classes, config.conv, config.groups, number, config.arch, **variant)
 
 
-def build_networks(run: Run) -> tuple[list[nn.Module], list[Point] | None]:
+def build_networks(run: Run) -> tuple[list[nn.Module], list[list[float]] | None]:
     """The standard network, or students (with --init teacher of its variant) and what --pruned_num auto compared."""
     config, dataset = run.config, run.dataset
     if config.pretrain:
         return [standard_network(config, dataset)], None
     variant = variant_for(config.arch, config.student_model, dataset.input_size)
     variant |= run.teacher.variant if config.init == "teacher" else {}
-    return students(run, partial(build_student, config, len(dataset.classes), **variant))
+    return run.students(partial(build_student, config, len(dataset.classes), **variant))
 
 
-def describe_run(run: Run, learner: Students, start: str, budget: list[Point] | None) -> Meta:
+def describe_run(run: Run, learner: Students, start: str, budget: list[list[float]] | None) -> Meta:
     """The metadata of this run's checkpoints and of the network that it exports."""
     config, recorded = run.config, run.config.recorded()
     return Meta(
@@ -97,7 +96,7 @@ def describe_run(run: Run, learner: Students, start: str, budget: list[Point] | 
         build=learner.students[0].variant,
         rule=RULE,
         start=start,
-        budget=budget and [list(point) for point in budget],
+        budget=budget,
         **run.dataset.meta,
         inputs=Inputs.of(run.dataset, config.data_dir, run.teacher),
         config=recorded,

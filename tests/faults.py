@@ -35,7 +35,7 @@ FAULTS = [
           "tests/test_reconstruct.py"),
     Fault("reconstruction: old statistics of BatchNorm", "model/reconstruct.py",
           "        norm.reset_running_stats()\n", "        pass\n", "tests/test_reconstruct.py"),
-    Fault("budget: the costliest convolutions first", "utils/budget.py",
+    Fault("budget: the costliest convolutions first", "utils/cost.py",
           "sorted(costs, key=costs.get)", "sorted(costs, key=costs.get, reverse=True)",
           "tests/test_budget.py -k energy"),
     Fault("loss: temperature not squared", "utils/losses.py", "temperature**2 * total", "temperature * total",

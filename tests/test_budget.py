@@ -8,17 +8,16 @@ import torch
 import model
 from model.conv import CheapConv2d, count_cheap
 from tests.helpers import content_of, fail, report_of, succeed
-from utils.budget import Candidates
 from utils.checkpoint import load_student
-from utils.cost import count
+from utils.cost import Candidates, count
 
 SIZE = (3, 8, 8)
 DIGITS = ("--dataset", "digits", "--teacher_model", "resnet_20", "--train_size", 200, "--num_epochs", 1, "--force")
 AUTO = (*DIGITS, "--init", "teacher", "--pruned_num", "auto", "--method", "kd")
 
 
-def build(names):
-    return model.build("resnet_20_sparse", replaced=names)
+def build(replaced):
+    return model.build("resnet_20_sparse", replaced=replaced)
 
 
 def cheap_names(network):
@@ -79,9 +78,9 @@ def test_a_budget_that_no_student_keeps_is_refused(candidates):
 
 def test_a_budget_of_accuracy_is_kept(candidates):
     number = candidates.within_drop(80)
-    assert candidates.point(0).top1 == 100
-    assert candidates.point(number).top1 >= 20
-    assert number == len(candidates.names) or candidates.point(number + 1).top1 < 20
+    assert candidates.top1(0) == 100
+    assert candidates.top1(number) >= 20
+    assert number == len(candidates.names) or candidates.top1(number + 1) < 20
 
 
 def test_the_choice_is_in_the_file_and_in_the_report(runs, tmp_path):

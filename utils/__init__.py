@@ -11,7 +11,6 @@ UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
     *("engine", "metrics", "device", "interruption"),  # training
     *("checkpoint", "teacher", "job"),  # files
-    "budget",  # --pruned_num auto
     *("report", "tables", "export", "onnx_graph", "cost"),  # results
 )
 

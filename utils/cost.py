@@ -1,9 +1,10 @@
-"""Costs of a network: parameters, multiply-accumulates, measured latency."""
+"""Costs of a network (parameters, multiply-accumulates, latency), and the convolutions to make cheap for a budget."""
 
 import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.loader import Batches
+from model.convert import inherit, replaced
+from model.reconstruct import reconstruct
 from model.weights import place
 from utils.errors import UserError, first_line
+from utils.metrics import accuracy
 
 
 class Cost(NamedTuple):
@@ -96,3 +101,85 @@ def time_in_turn(
             synchronize()
             taken.append(time.perf_counter() - started)
     return [taken[warm_up:] for taken in times]
+
+
+@dataclass
+class Candidates:
+    """The students with the first 0, 1, 2 … convolutions of `names` cheap, which start from the teacher's weights.
+
+    The convolutions are ordered by the share of their energy that the closest cheap weights lose, per MAC saved. Those
+    that save nothing alone come last, such as a second one of a ResNet's block, with which the stride moves.
+
+    Attributes:
+        build: returns a student; its argument `replaced` names the cheap convolutions, None for all.
+    """
+
+    build: Callable[..., nn.Module]
+    teacher: nn.Module
+    input_size: Sequence[int]
+    images: Sequence[Tensor]
+    val: Batches
+    names: list[str] = field(init=False)
+
+    def __post_init__(self):
+        student = self.build(replaced=None)
+        paths = {module: name for name, module in student.named_modules()}
+        self.standard_macs = count(self.build(replaced=[]), self.input_size).macs
+        costs = {}
+        for cheap, conv in replaced(student, self.teacher):
+            lost = cheap.approximate(conv.weight) / conv.weight.double().square().sum().item()
+            saved = self.standard_macs - count(self.build(replaced=[paths[cheap]]), self.input_size).macs
+            costs[paths[cheap]] = lost / saved if saved > 0 else math.inf
+        self.names = sorted(costs, key=costs.get)
+        self._known: dict[int, float] = {}
+
+    def macs(self, number: int) -> float:
+        """Share of the standard network's MACs that the student with `number` cheap convolutions has."""
+        return count(self.build(replaced=self.names[:number]), self.input_size).macs / self.standard_macs
+
+    def top1(self, number: int) -> float:
+        """Validation accuracy of the student with `number` cheap convolutions before training, in %."""
+        if number not in self._known:
+            student = self.build(replaced=self.names[:number]).to(self.images[0].device)
+            inherit(student, self.teacher)
+            reconstruct(student, self.teacher, self.images)
+            self._known[number] = accuracy(student, self.val).top1
+        return self._known[number]
+
+    def within_macs(self, share: float) -> int:
+        """The least number of cheap convolutions with at most this share of the MACs.
+
+        Raises:
+            UserError: all of them leave more.
+        """
+        for number in range(len(self.names) + 1):
+            least = self.macs(number)
+            if least <= share:
+                return number
+        raise UserError(f"--macs {share:g} is too small: with all convolutions cheap, {least:.3f} of the MACs remain")
+
+    def within_drop(self, points: float) -> int:
+        """The largest number of cheap convolutions that costs at most so many points, found by bisection.
+
+        Raises:
+            UserError: one is too many.
+        """
+        low, high = 0, len(self.names)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.top1(middle) >= self.top1(0) - points:
+                low = middle
+            else:
+                high = middle - 1
+        if low == 0:
+            least = self.top1(0) - self.top1(1)
+            raise UserError(f"--max_drop {points:g} is too small: one cheap convolution costs {least:.2f} points")
+        return low
+
+    def curve(self, chosen: int) -> list[list[float]]:
+        """Number of cheap convolutions, share of the MACs and top-1 of some students, by number.
+
+        They are the chosen one, those that were evaluated, and those with 0 to 4 quarters of the convolutions.
+        """
+        numbers = {chosen, *self._known, *(round(quarter * len(self.names) / 4) for quarter in range(5))}
+        return [[number, self.macs(number), self.top1(number)] for number in sorted(numbers)]

@@ -13,12 +13,13 @@ from torch import nn
 
 from data.sources import DataSet
 from model.online import Ensemble
-from utils import budget, checkpoint, export, options, tables
+from utils import checkpoint, export, options, tables
 from utils.checkpoint import EnsembleMeta, Meta
 from utils.cost import forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
 from utils.files import atomic_write, to_plain
+from utils.job import read_metrics
 from utils.setup import Run
 from utils.tables import BATCHES, MARK, ONNX, PYTORCH, UNSTEADY, ClassAccuracy, Row
 
@@ -55,10 +56,10 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     meta = replace(meta, accuracy=exported.accuracies())
     deployment = _export(run, job.export, exported.network, meta)
     pretrained = standard.val.top1 if standard.val and not standard.exported else None
-    tables.draw_curves(job, trainer.best, pretrained)
-    points = [budget.Point(*point) for point in meta.budget or ()]
-    if points:
-        budget.draw(job, points, meta.pruned_num)
+    metrics = read_metrics(job.metrics)
+    tables.draw(job, job.curves, (11, 4.2), tables.plot_curves, metrics, trainer.best, pretrained)
+    if meta.budget:
+        tables.draw(job, job.budget, (6, 4.2), tables.plot_budget, meta.budget, meta.pruned_num)
 
     measure(rows, meta, deployment.onnx, run.device)
     sentence = ""
@@ -74,8 +75,9 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     overview, measured = tables.overview(rows, "validation", "test"), tables.measurements(rows)
     parts = [[f"# {job.export.name}"], [sentence] if sentence else []]
     parts += map(tables.markdown, (overview, measured, tables.classes(classes)))
-    if points:
-        parts += [tables.markdown(budget.table(points)), [f"![accuracy before training over MACs]({job.budget.name})"]]
+    if meta.budget:
+        parts.append(tables.markdown(tables.budget(meta.budget)))
+        parts.append([f"![accuracy before training over MACs]({job.budget.name})"])
     parts += [[f"- {note}" for note in notes]]
     parts += [["To train it again, give another `--job_dir` or add `--reset`:", "", "```sh", command, "```"]]
     parts += [[f"The other flags had these values: `{defaults}`"]]

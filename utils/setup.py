@@ -15,9 +15,9 @@ from model import build, variant_for
 from model.online import Students
 from model.split import check_features
 from utils import distributed, export
-from utils.checkpoint import Meta
-from utils.config import Config
-from utils.cost import check_fits
+from utils.checkpoint import Meta, load_checkpoint
+from utils.config import AUTO, Config
+from utils.cost import Candidates, check_fits
 from utils.device import (
     Execution,
     apply_execution,
@@ -81,6 +81,26 @@ class Run:
     teacher: nn.Module | None
     remarks: list[str]
     loaders: Loaders
+
+    def students(self, build: Callable[..., nn.Module]) -> tuple[list[nn.Module], list[list[float]] | None]:
+        """The students and, with --pruned_num auto, those that were compared, as in `Meta.budget`.
+
+        Args:
+            build: returns a student; its argument `replaced` names the cheap convolutions, None for those of the flags.
+
+        Raises:
+            UserError: no student keeps within the budget.
+        """
+        config, names, points = self.config, None, None
+        if config.pruned_num == AUTO and self.resumed:
+            meta = load_checkpoint(self.resumed).meta
+            names, points = meta.build["replaced"], meta.budget
+        elif config.pruned_num == AUTO:
+            found = Candidates(build, self.teacher, self.dataset.input_size, self.sample(), self.loaders.val)
+            by_macs = config.max_drop is None
+            number = found.within_macs(config.macs) if by_macs else found.within_drop(config.max_drop)
+            names, points = found.names[:number], found.curve(number)
+        return [build(replaced=names) for _ in range(config.num_students)], points
 
     def learner(self, networks: Sequence[nn.Module]) -> Students:
         """The learner of these networks; raises a UserError if they do not fit the images or the classes."""

@@ -1,4 +1,4 @@
-"""The networks of a run side by side, as tables, in a sentence and as JSON; and the curves of its epochs.
+"""The networks of a run side by side, as tables, in a sentence and as JSON; and the pictures of a run.
 
 Rows are compared with the first one, which is the standard network.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from utils.cost import Cost, Latency
 from utils.errors import first_line
 from utils.files import atomic_write
-from utils.job import Job, read_metrics
+from utils.job import Job
 from utils.metrics import Accuracy, Best
 
 ONLINE_TEACHER = "online teacher"
@@ -226,28 +226,51 @@ def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2f}"
 
 
-def new_figure(job: Job, path: Path, size: tuple[float, float]) -> Any:
-    """A figure of this size in inches; None, with a line in the log, if matplotlib cannot be imported."""
+def budget(points: Sequence[Sequence[float]]) -> Cells:
+    """The students that --pruned_num auto compared, as in `Meta.budget`."""
+    titles = ["cheap convolutions", "MACs, % of the standard network's", "validation top-1 before training, %"]
+    return [titles, *([str(number), f"{100 * macs:.1f}", f"{top1:.2f}"] for number, macs, top1 in points)]
+
+
+def draw(job: Job, path: Path, size: tuple[float, float], plot: Callable[..., None], *values: Any) -> None:
+    """Write a figure of this size in inches, filled by `plot(figure, *values)`, if matplotlib can be imported."""
     try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
         from matplotlib.figure import Figure
     except (ImportError, OSError) as error:
         job.logger.info(f"{path.name} is not drawn: {first_line(error)}")
-        return None
-    return Figure(figsize=size, layout="constrained")
+        return
+    figure = Figure(figsize=size, layout="constrained")
+    plot(figure, *values)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
-def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
-    """Draw the losses and validation accuracies of metrics.jsonl, if matplotlib can be imported.
+def plot_budget(figure: Any, points: Sequence[Sequence[float]], chosen: int) -> None:
+    """Accuracies before training over MACs of the students in `points`, one of which was chosen."""
+    axes, (_, shares, accuracies) = figure.subplots(), zip(*points, strict=True)
+    percent = [100 * share for share in shares]
+    axes.plot(percent, accuracies, marker="o")
+    for (number, *_), x, y in zip(points, percent, accuracies, strict=True):
+        style = {"color": "tab:orange", "weight": "bold"} if number == chosen else {}
+        axes.annotate(f" {number}", (x, y), va="top", **style)
+    axes.set(
+        title="Before training, by number of cheap convolutions",
+        xlabel="MACs, % of the standard network's",
+        ylabel="validation top-1, %",
+    )
+    axes.grid(alpha=0.3)
+
+
+def plot_curves(figure: Any, metrics: Sequence[dict[str, Any]], best: Best, teacher_accuracy: float | None) -> None:
+    """Losses and validation accuracies over the epochs.
 
     Args:
+        metrics: as `read_metrics` returns them.
         best: the chosen student.
         teacher_accuracy: of the pretrained teacher on the validation set, in %, if there is one.
     """
-    if (figure := new_figure(job, job.curves, (11, 4.2))) is None:
-        return
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    metrics = read_metrics(job.metrics)
     epochs = [line["epoch"] for line in metrics]
     losses, accuracies = [line["train"]["loss"] for line in metrics], [line["val"]["accuracy"] for line in metrics]
     left, right = figure.subplots(1, 2)
@@ -277,5 +300,3 @@ def draw_curves(job: Job, best: Best, teacher_accuracy: float | None) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
-    with atomic_write(job.curves) as file:
-        figure.savefig(file, format="png", dpi=130)
