@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from utils.config import Config
-from utils.losses import collaborative_learning, diverse_peers, mutual_learning, online_distillation
+from utils.losses import (
+    among_students,
+    collaborative_learning,
+    diverse_peers,
+    mutual_learning,
+    online_distillation,
+)
 from utils.methods import METHODS
 
 N, B, K = 3, 5, 4
@@ -128,11 +134,15 @@ def test_impossible_objectives_are_refused(logits, arguments, message):
         online_distillation(**{"student_logits": student, "teacher_logits": teacher, "targets": targets, **arguments})
 
 
+def settings(temperature, reduction):
+    return {"lam": 0.7, "temperature": temperature, "reduction": reduction}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "element"])
 def test_mutual_learning_is_its_formula(logits, reduction, temperature):
     student, _, _, targets = logits
-    losses = mutual_learning(student, targets, 0.7, temperature, reduction)
+    losses = among_students(mutual_learning, student, None, targets, **settings(temperature, reduction))
 
     z = student.tolist()
     pairs = [slow_kl(z[j], z[i], temperature, reduction) for i in range(N) for j in range(N) if i != j]
@@ -144,7 +154,8 @@ def test_mutual_learning_is_its_formula(logits, reduction, temperature):
 def test_a_student_learns_from_its_peers_and_not_them_from_it(logits):
     """The gradient of student i is that of 1/(N-1) sum_j KL(p_j || p_i) with p_j constant: mean over j of p_i - p_j."""
     student, _, _, targets = logits
-    (gradient,) = torch.autograd.grad(mutual_learning(student, targets)["kl_online"], student)
+    online = mutual_learning(student, targets, 1.0, "batchmean")
+    (gradient,) = torch.autograd.grad(online, student)
     p = student.detach().softmax(-1)
     expected = torch.stack([p[i] - p[[j for j in range(N) if j != i]].mean(0) for i in range(N)]) / B
     torch.testing.assert_close(gradient, expected)
@@ -205,16 +216,16 @@ def test_objectives_of_the_methods(logits):
 def test_mutual_learning_needs_two(logits):
     student, _, _, targets = logits
     with pytest.raises(ValueError, match="at least two students"):
-        mutual_learning(student[:1], targets)
+        mutual_learning(student[:1], targets, 1.0, "batchmean")
     with pytest.raises(ValueError, match="batchmean, element"):
-        mutual_learning(student, targets, reduction="sum")
+        among_students(mutual_learning, student, None, targets, **settings(1.0, "sum"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("reduction", ["batchmean", "element"])
 def test_collaborative_learning_is_its_formula(logits, reduction, temperature):
     student, _, _, targets = logits
-    losses = collaborative_learning(student, targets, 0.7, temperature, reduction)
+    losses = among_students(collaborative_learning, student, None, targets, **settings(temperature, reduction))
 
     z, y = student.tolist(), targets.tolist()
     teacher = [[min(z[i][b][c] - z[i][b][y[b]] for i in range(N)) for c in range(K)] for b in range(B)]
@@ -227,7 +238,8 @@ def test_collaborative_learning_is_its_formula(logits, reduction, temperature):
 def test_minimal_logits_get_no_gradient(logits):
     """The gradient of student i is that of KL(p_t || p_i) with p_t constant: T (p_i - p_t)."""
     student, _, _, targets = logits
-    (gradient,) = torch.autograd.grad(collaborative_learning(student, targets, 1.0, 2.0)["kl_online"], student)
+    online = collaborative_learning(student, targets, 2.0, "batchmean")
+    (gradient,) = torch.autograd.grad(online, student)
     z = student.detach()
     teacher = torch.stack([z[:, b] - z[:, b, y, None] for b, y in enumerate(targets.tolist())], dim=1).amin(0)
     torch.testing.assert_close(gradient, 2 * ((z / 2).softmax(-1) - (teacher / 2).softmax(-1)) / B)
@@ -244,7 +256,7 @@ def scores():
 @pytest.mark.parametrize("reduction", ["batchmean", "element"])
 def test_diverse_peers_is_its_formula(logits, scores, reduction, temperature):
     student, _, _, targets = logits
-    losses = diverse_peers(student, scores, targets, 0.7, temperature, reduction)
+    losses = among_students(diverse_peers, student, None, targets, scores, **settings(temperature, reduction))
 
     z, y, peers = student.tolist(), targets.tolist(), range(N - 1)
     soft = [[softmax(row, temperature) for row in rows] for rows in z]
@@ -263,14 +275,19 @@ def test_diverse_peers_is_its_formula(logits, scores, reduction, temperature):
 
 def test_peers_leader_and_attention_get_the_gradients_of_the_formula(logits, scores):
     student, _, _, targets = logits
-    assert torch.autograd.gradcheck(lambda *x: diverse_peers(*x, targets, 0.7, 3.0)["loss"], (student, scores))
+
+    def loss(student, scores):
+        return among_students(diverse_peers, student, None, targets, scores, **settings(3.0, "batchmean"))["loss"]
+
+    assert torch.autograd.gradcheck(loss, (student, scores))
 
 
 def test_peers_that_are_certain_have_a_finite_loss_and_gradient():
     """Probabilities that float32 rounds to 0."""
     student = torch.tensor([[[400.0, 0, 0]], [[0, 400.0, 0]], [[0, 0, 400.0]]], requires_grad=True)
     scores = torch.tensor([[[300.0, -300], [0, 0]]], requires_grad=True)
-    loss = diverse_peers(student, scores, torch.tensor([0]), temperature=1.0)["loss"]
+    targets = torch.tensor([0])
+    loss = among_students(diverse_peers, student, None, targets, scores, **settings(1.0, "batchmean"))["loss"]
     loss.backward()
     assert loss.isfinite()
     assert student.grad.isfinite().all()

@@ -5,7 +5,7 @@ import torch
 
 import model
 from model.online import GatedEnsemble, OnlineTeacher, PeerAttention, Students
-from utils.losses import diverse_peers, online_distillation
+from utils.losses import among_students, diverse_peers, online_distillation
 
 
 def students(count, **arguments):
@@ -114,7 +114,8 @@ def test_peers_attend_to_each_other_by_linear_maps_of_their_pooled_features():
 def test_attention_learns_by_the_online_term_alone():
     learner = PeerAttention(students(3))
     logits, _, scores = learner(torch.randn(8, 3, 8, 8))
-    losses = diverse_peers(logits, scores, torch.arange(8) % 5)
+    targets = torch.arange(8) % 5
+    losses = among_students(diverse_peers, logits, None, targets, scores, lam=1.0, temperature=3.0)
     losses["ce_students"].backward(retain_graph=True)
     assert learner.query.weight.grad is None
     losses["kl_online"].backward()

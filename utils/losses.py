@@ -11,6 +11,7 @@ ONE (arXiv 1806.04606), with a gated ensemble of the students as the online teac
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,92 +75,77 @@ def online_distillation(
     return _summed(terms)
 
 
-def mutual_learning(
+def among_students(
+    online_term: Callable[[Tensor, Tensor, float, str], Tensor],
     student_logits: Tensor,
+    teacher_logits: None,
     targets: Tensor,
-    lam: float = 1.0,
-    temperature: float = 1.0,
+    *others: Tensor,
+    lam: float,
+    temperature: float,
+    pretrained_logits: None = None,
     reduction: str = "batchmean",
     rampup: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Deep mutual learning (arXiv 1706.00384, section 3.3, where T and lam are 1): as `online_distillation`, but
+    """As `online_distillation`, but without teachers: L = sum_i CE(z_i, y) + lambda `online_term`.
 
-    L = sum_i CE(z_i, y) + lambda T^2 sum_i 1/(N-1) sum_{j != i} KL(p_j || p_i), with p_j detached.
-
-    Raises:
-        ValueError: an unknown reduction, fewer than two students.
-    """
-    _check_reduction(reduction)
-    if len(student_logits) < 2:
-        raise ValueError("mutual learning needs at least two students")
-    student_logits = _at_least_float32(student_logits)
-    # The terms with j = i are included: they are 0 and have no gradient.
-    peers = student_logits.detach()
-    mutual = sum(_distillation(peer, student_logits, temperature, reduction) for peer in peers) / (len(peers) - 1)
-    ce_students = _cross_entropy(student_logits, targets, label_smoothing)
-    return _summed({"ce_students": ce_students, "kl_online": rampup * lam * mutual})
-
-
-def collaborative_learning(
-    student_logits: Tensor,
-    targets: Tensor,
-    lam: float = 1.0,
-    temperature: float = 2.0,
-    reduction: str = "batchmean",
-    rampup: float | Tensor = 1.0,
-    label_smoothing: float = 0.0,
-) -> dict[str, Tensor]:
-    """KDCL-MinLogit (Guo et al., CVPR 2020, section 3): as `online_distillation`, but
-
-    L = sum_i CE(z_i, y) + lambda T^2 sum_i KL(p_t || p_i), with z_t,c = min_i (z_i,c - z_i,y) of each image, detached.
+    Args:
+        online_term: `mutual_learning`, `collaborative_learning` or `diverse_peers`.
+        others: further inputs of the online term, after the targets.
 
     Raises:
-        ValueError: an unknown reduction.
+        ValueError: an unknown reduction, fewer than two students for mutual learning.
     """
     _check_reduction(reduction)
     student_logits = _at_least_float32(student_logits)
-    known = student_logits.detach()
-    teacher_logits = (known - known.gather(-1, targets.expand(len(known), -1)[..., None])).amin(0)
-    online = _distillation(teacher_logits, student_logits, temperature, reduction)
+    online = online_term(student_logits, targets, *others, temperature, reduction)
     ce_students = _cross_entropy(student_logits, targets, label_smoothing)
     return _summed({"ce_students": ce_students, "kl_online": rampup * lam * online})
 
 
-def diverse_peers(
-    student_logits: Tensor,
-    scores: Tensor,
-    targets: Tensor,
-    lam: float = 1.0,
-    temperature: float = 3.0,
-    reduction: str = "batchmean",
-    rampup: float | Tensor = 1.0,
-    label_smoothing: float = 0.0,
-) -> dict[str, Tensor]:
-    """OKDDip (arXiv 1912.00350): as `online_distillation`, but with N - 1 peers and, as the last student, a leader:
+def mutual_learning(student_logits: Tensor, targets: Tensor, temperature: float, reduction: str) -> Tensor:
+    """Deep mutual learning (arXiv 1706.00384, section 3.3, where T and lam are 1):
 
-    L = sum_i CE(z_i, y) + lambda T^2 (sum_a KL(t_a || p_a) + KL(mean_a t_a || p_leader))
+    T^2 sum_i 1/(N-1) sum_{j != i} KL(p_j || p_i), with p_j detached.
+    """
+    if len(student_logits) < 2:
+        raise ValueError("mutual learning needs at least two students")
+    # The terms with j = i are included: they are 0 and have no gradient.
+    peers = student_logits.detach()
+    return sum(_distillation(peer, student_logits, temperature, reduction) for peer in peers) / (len(peers) - 1)
+
+
+def collaborative_learning(student_logits: Tensor, targets: Tensor, temperature: float, reduction: str) -> Tensor:
+    """KDCL-MinLogit (Guo et al., CVPR 2020, section 3):
+
+    T^2 sum_i KL(p_t || p_i), with z_t,c = min_i (z_i,c - z_i,y) of each image, detached.
+    """
+    known = student_logits.detach()
+    teacher_logits = (known - known.gather(-1, targets.expand(len(known), -1)[..., None])).amin(0)
+    return _distillation(teacher_logits, student_logits, temperature, reduction)
+
+
+def diverse_peers(
+    student_logits: Tensor, targets: Tensor, scores: Tensor, temperature: float, reduction: str
+) -> Tensor:
+    """OKDDip (arXiv 1912.00350), with N - 1 peers and, as the last student, a leader:
+
+    T^2 (sum_a KL(t_a || p_a) + KL(mean_a t_a || p_leader))
 
     with a's targets t_a = sum_b attention_ab p_b over all peers b. Nothing is detached: the attention learns from the
     KL alone. The authors' code averages logits instead of the softened outputs p.
 
     Args:
         scores: (B, N - 1, N - 1), whose softmax over the last dimension is the attention.
-
-    Raises:
-        ValueError: an unknown reduction.
     """
-    _check_reduction(reduction)
-    student_logits = _at_least_float32(student_logits)
     log_attention = F.log_softmax(_at_least_float32(scores), dim=-1).permute(1, 2, 0)  # (a, b, B)
     log_peers = F.log_softmax(student_logits[:-1] / temperature, dim=-1)  # (b, B, K)
     log_targets = torch.logsumexp(log_attention[..., None] + log_peers, dim=1)  # (a, B, K)
     log_mean = torch.logsumexp(log_targets, dim=0, keepdim=True) - math.log(len(log_targets))
     # Logarithms of distributions, times T, are logits of them.
     teacher_logits = temperature * torch.cat([log_targets, log_mean])
-    online = _distillation(teacher_logits, student_logits, temperature, reduction)
-    ce_students = _cross_entropy(student_logits, targets, label_smoothing)
-    return _summed({"ce_students": ce_students, "kl_online": rampup * lam * online})
+    return _distillation(teacher_logits, student_logits, temperature, reduction)
 
 
 def _check_reduction(reduction: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 
@@ -33,6 +33,7 @@ class Method:
     lam = 0.0  # weight of the online term; 0 if the method has no such term
     temperature = 4.0
     rampup = 0.0  # --rampup_epochs, as a share of the epochs
+    online_term: str | None = None  # function of utils/losses.py, in methods without teachers
     uses_pretrained = False  # it can learn from a pretrained teacher (--teacher_dir, --miu)
     detaches: bool | None = False  # the online teacher gets no gradient from the online term; None: --detach_teacher
 
@@ -78,10 +79,14 @@ class Method:
 
     def objective(self, config: Config) -> Objective:
         """The loss from utils/losses.py, with the weights from the flags."""
-        from utils.losses import online_distillation
+        from utils import losses
 
+        settings = {"lam": config.lam, "temperature": config.temperature, "reduction": config.kl_reduction}
+        settings["label_smoothing"] = config.label_smoothing
+        if self.online_term:
+            return partial(losses.among_students, getattr(losses, self.online_term), **settings)
         detach = self.detaches or config.detach_teacher
-        return partial(online_distillation, miu=config.miu, detach_teacher=detach, **_settings(config))
+        return partial(losses.online_distillation, miu=config.miu, detach_teacher=detach, **settings)
 
 
 class OnlineDistillation(Method):
@@ -128,11 +133,7 @@ class DeepMutualLearning(Method):
 
     name, title = "dml", "deep mutual learning"
     num_students, fewest_students, lam, temperature = 4, 2, 1.0, 1.0
-
-    def objective(self, config: Config) -> Objective:
-        from utils.losses import mutual_learning
-
-        return _among_students(mutual_learning, config)
+    online_term = "mutual_learning"
 
 
 class NativeEnsemble(Method):
@@ -160,11 +161,7 @@ class CollaborativeLearning(Method):
 
     name, title = "kdcl", "collaborative learning, KDCL-MinLogit"
     num_students, fewest_students, lam, temperature = 4, 2, 1.0, 2.0
-
-    def objective(self, config: Config) -> Objective:
-        from utils.losses import collaborative_learning
-
-        return _among_students(collaborative_learning, config)
+    online_term = "collaborative_learning"
 
 
 class DiversePeers(Method):
@@ -175,6 +172,7 @@ class DiversePeers(Method):
 
     name, title = "okddip", "diverse peers and a leader, OKDDip"
     num_students, fewest_students, lam, temperature, rampup = 4, 3, 1.0, 3.0, 80 / 300
+    online_term = "diverse_peers"
 
     def names(self, num_students: int) -> list[str]:
         return [*(f"peer {i + 1}" for i in range(num_students - 1)), "leader"]
@@ -189,27 +187,6 @@ class DiversePeers(Method):
         from model.online import PeerAttention
 
         return PeerAttention(students)
-
-    def objective(self, config: Config) -> Objective:
-        from utils.losses import diverse_peers
-
-        return _among_students(diverse_peers, config)
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The arguments that all losses have."""
-    settings = {"lam": config.lam, "temperature": config.temperature, "reduction": config.kl_reduction}
-    return settings | {"label_smoothing": config.label_smoothing}
-
-
-def _among_students(loss: Callable[..., dict[str, Tensor]], config: Config) -> Objective:
-    """The objective of a loss that has neither an online nor a pretrained teacher."""
-    settings = _settings(config)
-
-    def objective(student_logits, teacher_logits, targets, *others, pretrained_logits=None, rampup=1.0):
-        return loss(student_logits, *others, targets, rampup=rampup, **settings)
-
-    return objective
 
 
 METHODS: dict[str, Method] = {kind.name: kind() for kind in Method.__subclasses__()}
