@@ -280,6 +280,15 @@ def test_test_only_takes_flags_that_are_not_typed_from_the_checkpoint(runs, tmp_
     assert alone == pytest.approx({"resnet_20": report_of(runs.teacher)["networks"][0]["test"]}, abs=0.01)
 
 
+def test_test_only_without_an_online_term(tmp_path, capsys):
+    network = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_students", 2, "--lambda", 0)
+    flags = (*network, "--num_epochs", 1, "--train_size", 64, "--job_dir", tmp_path / "job")
+    main.main(options.parse("main", list(map(str, flags))))
+    capsys.readouterr()
+    found = accuracies_of(capsys, "--job_dir", tmp_path / "job")
+    assert list(found) == ["student 1", "student 2", "online teacher"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -60,7 +60,6 @@ def _normalization(text: str) -> str:
 _positive_int = _number(int, lambda x: 0 < x < 2**31, "a whole number above 0")
 _batch = _number(int, lambda x: 1 < x < 2**31, "a whole number above 1 (BatchNorm cannot train on a single image)")
 _temperature = _number(float, lambda x: 0 < x <= 1000, "a number above 0, at most 1000")
-_count = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 _seed = _number(int, lambda x: 0 <= x < 2**32, "a whole number from 0 to below 2^32")
 _positive = _number(float, lambda x: x > 0, "a number above 0")
 _weight = _number(float, lambda x: x >= 0, "a number, 0 or more")
@@ -328,7 +327,7 @@ class Config:
 
     def recorded(self) -> dict[str, Any]:
         """The flags that define a run, by their names, as plain values for config.json and checkpoints."""
-        values = {field.name: getattr(self, field.name) for field in flags() if is_recorded(field)}
+        values = {field.name: getattr(self, field.name) for field in flags() if field.metadata.get("recorded", True)}
         for name in ("data_dir", "labels"):  # for finetune.py, which may run in another folder
             values[name] = values[name] and values[name].resolve()
         if str(self.arch).endswith(".py"):
@@ -339,11 +338,6 @@ class Config:
 def flags() -> Iterator[dataclasses.Field]:
     """The fields of `Config` that are flags; `metadata` has the arguments of `_flag`."""
     return (field for field in dataclasses.fields(Config) if "group" in field.metadata)
-
-
-def is_recorded(field: dataclasses.Field) -> bool:
-    """Whether a flag is part of the recorded configuration."""
-    return field.metadata.get("recorded", True)
 
 
 _NAMES = {field.name: field.metadata.get("name", field.name) for field in flags()}

@@ -8,13 +8,13 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config import AUTO, LAST, RESUME_LAST, Config, flag_name, flags, is_open, is_recorded
+from utils.config import AUTO, LAST, RESUME_LAST, Config, flag_name, flags, is_open
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -25,13 +25,7 @@ DESCRIPTIONS = {
     "main": "Train cheap-convolution students with an online teacher and export the best of them.",
     "finetune": "Refine a compressed student.",
 }
-_STUDENTS = ("student_model", "conv", "groups", "pruned_num", "macs", "max_drop")
-_METHOD_FLAGS = ("method", "lam", "miu", "detach_teacher", "rampup_epochs")
-# The fields that --test_only takes from a training checkpoint: its networks and its data.
-_SUBJECT = (
-    "arch", "teacher_model", "student_model", "teacher_norm", "method", "lam", "pretrain", "dataset", "data_dir",
-    "labels", "image_size", "val_size", "train_size",
-)  # fmt: skip
+_CONVOLUTIONS = ("conv", "groups", "pruned_num", "macs", "max_drop")
 # Fields that describe a network, and their keys in the metadata of its file.
 _STATED = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
 MAY_CHANGE = {flag_name(field.name) for field in flags() if field.metadata.get("may_change")}
@@ -129,19 +123,11 @@ def settle_main(config: Config) -> Config:
         UserError: flags contradict each other.
     """
     if config.pretrain:
-        networks = (
-            "student_model",
-            "conv",
-            "groups",
-            "pruned_num",
-            "macs",
-            "max_drop",
-            "num_students",
-            "teacher_dir",
-            "init",
+        config.refuse(
+            *("student_model", *_CONVOLUTIONS, "num_students", "teacher_dir", "init"),
+            *("method", "lam", "miu", "detach_teacher", "rampup_epochs"),
+            message="--pretrain trains the standard network alone: leave out {flag}",
         )
-        message = "--pretrain trains the standard network alone: leave out {flag}"
-        config.refuse(*networks, *_METHOD_FLAGS, message=message)
     if config.teacher_model is None:
         config = config.filled(arch="resnet", teacher_model="resnet_56")
     config = config.filled(dataset="cifar10", val_size=0.1, init="random")
@@ -153,7 +139,7 @@ def _settle_students(config: Config) -> Config:
     config = config.filled(student_model=f"{config.teacher_model}_sparse", method="od")
     if not config.student_model.endswith("_sparse"):
         message = f"{config.student_model} has no cheap convolutions: leave out {{flag}} or add _sparse"
-        config.refuse(*_STUDENTS[1:], message=message)
+        config.refuse(*_CONVOLUTIONS, message=message)
     if config.conv != "group":
         config.refuse("groups", message="{flag} belongs to --conv group")
     if config.pruned_num != AUTO:
@@ -176,12 +162,8 @@ def _settle_finetune(config: Config) -> Config:
     """The same for finetune.py; the defaults that come from the file to refine stay open."""
     if config.refine is None:
         raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
-    if config.pretrain:
-        raise UserError("--pretrain belongs to main.py")
-    if config.pruned_num == AUTO or config.macs is not None or config.max_drop is not None:
-        raise UserError(
-            "finetune.py keeps the convolutions of the student: leave out --pruned_num auto, --macs, --max_drop"
-        )
+    config.refuse("pretrain", message="{flag} belongs to main.py")
+    config.refuse("macs", "max_drop", message="finetune.py keeps the convolutions of the student: leave out {flag}")
     message = "finetune.py has no online teacher: leave out {flag}"
     config.refuse("lam", "detach_teacher", "rampup_epochs", message=message)
     config.refuse("init", message="finetune.py starts from the student that it refines: leave out {flag}")
@@ -229,17 +211,16 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
         stated = getattr(meta, key)
         if value not in (None, stated):
             raise UserError(f"--{name} {value}, but {config.refine} says {stated}: leave out --{name}")
-    then, found = meta.config, {name: getattr(meta, key) for name, key in _STATED.items()}
-    found |= {name: then[name] for name in ("dataset", "val_size", "teacher_model")}
+    then, names = meta.config, ["dataset", "val_size", "teacher_model"]
     if config.dataset in (None, then["dataset"]):
-        paths = ("data_dir",) if config.data_dir else ("data_dir", "labels")  # labels belong to the folder
-        found |= {name: then[name] and Path(then[name]) for name in paths}
-        found |= {name: then.get(name) for name in ("image_size", "train_size")}
-    return config.filled(**found)
+        names += ["data_dir", "image_size", "train_size"]
+        names += [] if config.data_dir else ["labels"]  # they belong to the folder
+    stated = {name: getattr(meta, key) for name, key in _STATED.items()}
+    return config.filled(**stated, **_fields(then, names))
 
 
 def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
-    """The configuration of main.py --test_only for a training checkpoint.
+    """The configuration of main.py --test_only for a training checkpoint: its run's, but for flags that may change.
 
     Args:
         run: recorded configuration of the checkpoint's run.
@@ -253,10 +234,15 @@ def for_test(config: Config, run: dict[str, Any], source: Path) -> Config:
     now = run | {name: given[name] for name in typed - MAY_CHANGE - {"teacher_norm"}}
     if name := changed_flag(run, now):
         raise UserError(f"{source} was trained {as_typed(name, run.get(name))}: leave out --{name}")
-    kept = config.typed & {"data_dir", "labels", "teacher_norm"}
-    found = {name: run[flag_name(name)] for name in _SUBJECT if name not in kept}
-    found |= {name: Path(found[name]) for name in ("data_dir", "labels") if found.get(name)}
-    return replace(config, **found)
+    names = {field.name for field in flags() if flag_name(field.name) in given.keys() - MAY_CHANGE}
+    names |= {"data_dir", "labels"}
+    return replace(config, **_fields(run, names - (config.typed & {"data_dir", "labels", "teacher_norm"})))
+
+
+def _fields(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Values of fields from a recorded configuration."""
+    found = {name: record[flag_name(name)] for name in names}
+    return found | {name: Path(found[name]) for name in ("data_dir", "labels") if found.get(name)}
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
@@ -264,17 +250,9 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     method = "scratch" if config.get("pretrain") else "od"
     if config.get("refine"):
         method = "kd" if config.get("miu") else "scratch"
-    off = {flag_name(field.name): False for field in flags() if field.default is False and is_recorded(field)}
-    then = {
-        "method": method,
-        "init": None if config.get("refine") else "random",
-        "warmup_epochs": 0.0,
-        "rampup_epochs": 0.0,
-        "accumulate": 1,
-        "label_smoothing": 0.0,
-        **dict.fromkeys(("teacher_norm", "labels", "image_size", "train_size", "macs", "max_drop")),
-    }
-    return off | then | config
+    then = {"method": method, "init": None if config.get("refine") else "random"}
+    then |= {"warmup_epochs": 0.0, "rampup_epochs": 0.0}
+    return Config().recorded() | then | config
 
 
 def changed_flag(was: dict[str, Any], now: dict[str, Any]) -> str | None:

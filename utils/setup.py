@@ -188,7 +188,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
         path, meta = trained
         dataset = dataset.normalized_as(meta.mean, meta.std, meta.classes, path)
     teacher, remarks = pretrained_teacher(config, dataset, device)
-    if config.init == "teacher":
+    if config.init == "teacher" and not trained:
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
     return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders)
