@@ -23,12 +23,11 @@ from torch import nn
 
 from model import check_teacher
 from model.online import Students
-from utils import checkpoint, export, report
+from utils import checkpoint, report
 from utils.checkpoint import Inputs, Meta
 from utils.config import Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.files import to_plain
 from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
@@ -89,9 +88,7 @@ def export_alone(run: Run, student: nn.Module, meta: Meta) -> None:
         return
     job.make_folder()
     exported = job.export_teacher if meta.ensemble else job.export
-    deployment = export.write(exported, student, to_plain(meta), run.config.export, run.loaders.test)
-    for line in deployment.lines():
-        print(line)
+    deployment = report.deploy(run, exported, student, meta)
     if deployment.failures:
         raise UserError("; ".join(deployment.failures))
 

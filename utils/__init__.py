@@ -11,7 +11,7 @@ UPPER_FLOOR = (
     *("options", "config", "methods", "setup"),  # from the flags to a run
     *("engine", "metrics", "device", "interruption"),  # training
     *("checkpoint", "teacher", "job"),  # files
-    *("report", "tables", "export", "onnx_graph", "cost"),  # results
+    *("report", "tables", "export", "cost"),  # results
 )
 
 if sys.version_info < (3, 10):  # noqa: UP036, users of an older one get a message

@@ -27,12 +27,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from data.loader import Batches
 from model.conv import CheapConv2d, Shift2d
 from utils.config import FORMATS
-from utils.errors import UserError, first_line
+from utils.errors import first_line
 from utils.files import atomic_write
 from utils.job import deployed
-from utils.onnx_graph import OPSET, finished
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 18  # of ONNX, the lowest that PyTorch exports to without a conversion
 TOLERANCE = 1e-4  # of the logits, relative to the largest one or to 1
 WIDE_GROUP = 16  # channels per group below which ONNX Runtime is faster with merged, wider groups
 # Metadata of an ONNX file: strings as they are, everything else as JSON.
@@ -46,16 +45,12 @@ _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack"
 
 
 class Agreement(NamedTuple):
-    """How the logits of ONNX Runtime compare with PyTorch's on `images` test images.
-
-    differing: images with another predicted class; difference: largest absolute difference of logits, or NaN;
-    largest: the largest absolute value of PyTorch's logits.
-    """
+    """How the logits of ONNX Runtime compare with PyTorch's on test images."""
 
     images: int
-    differing: int
-    difference: float
-    largest: float
+    differing: int  # images with another predicted class
+    difference: float  # largest absolute difference of logits, or NaN
+    largest: float  # largest absolute value of PyTorch's logits
 
     @property
     def holds(self) -> bool:
@@ -63,29 +58,20 @@ class Agreement(NamedTuple):
         return self.difference <= TOLERANCE * max(1.0, self.largest)
 
     def __str__(self) -> str:
-        some, all_ = f"another class than PyTorch for {self.differing:,}", "the class that PyTorch finds for each"
-        found = f"{some if self.differing else all_} of {self.images:,} test images"
+        others = f"another class than PyTorch for {self.differing:,}"
+        found = others if self.differing else "the class that PyTorch finds for each"
         differ = f"logits, {self.largest:.2g} at most, that differ by up to {self.difference:.1e}"
-        return f"ONNX Runtime finds {found}, and {differ}"
+        return f"ONNX Runtime finds {found} of {self.images:,} test images, and {differ}"
 
 
 @dataclass
 class Deployment:
-    """The files that `write` wrote, and what failed, one line each.
-
-    Attributes:
-        onnx: content of the ONNX file.
-    """
+    """The files that `write` wrote, and what failed, one line each."""
 
     files: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    onnx: bytes | None = None
+    onnx: bytes | None = None  # content of the ONNX file
     agreement: Agreement | None = None
-
-    def lines(self) -> list[str]:
-        """Lines for the log."""
-        files = [f"also exported {', '.join(map(str, self.files))}"] if self.files else []
-        return [*files, *self.notes(), *self.doubts()]
 
     def notes(self) -> list[str]:
         """For the report, on an ONNX file that agrees."""
@@ -103,15 +89,6 @@ class Deployment:
             name: value if math.isfinite(value) else None for name, value in self.agreement._asdict().items()
         }
         return {"files": [path.name for path in self.files], "agreement": agreement, "failures": self.failures}
-
-
-def check_packages(formats: Sequence[str]) -> None:
-    """Raise a UserError unless the packages that these formats need are installed."""
-    try:
-        for package in ONNX_PACKAGES if "onnx" in formats else ():
-            importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"--export onnx needs packages: pip install {' '.join(ONNX_PACKAGES)} ({error})") from error
 
 
 def write(
@@ -160,9 +137,8 @@ def fold(network: nn.Module, meta: dict[str, Any]) -> fx.GraphModule:
     Raises:
         Exception: torch.export cannot make a graph of it.
     """
-    module = _Deployable(network, meta)
     with _quiet():
-        graph = _to_program(module, meta).module()
+        graph = _to_program(_Deployable(network, meta), meta).module()
     _fold_norms(graph)
     return graph
 
@@ -173,12 +149,26 @@ def to_onnx(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
     Raises:
         Exception: PyTorch cannot translate this graph.
     """
+    import onnx
+
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with _quiet():
         program = torch.onnx.export(_to_program(graph, meta), dynamo=True, verbose=False, opset_version=OPSET, **names)
+    model = program.model_proto
+    parts = model.graph
+    _pool_globally(parts)
+    _lower_opset(model)
+    for part in (model, parts, *parts.node, *parts.initializer, *parts.input, *parts.output):
+        del part.metadata_props[:]  # PyTorch's notes on the source code of each
+    del parts.value_info[:]
+    for value in (*parts.input, *parts.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    parts.input[0].doc_string = "RGB in 0 .. 1: the graph itself normalizes, by the metadata's mean and std"
     stated = {key: meta[key] for key in METADATA if key in meta}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in stated.items()}
-    return finished(program.model_proto, texts)
+    onnx.helper.set_model_props(model, texts)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
 
 
 def to_torchscript(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
@@ -199,14 +189,6 @@ def to_pt2(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
 
 
 WRITERS = dict(zip(FORMATS, (to_onnx, to_torchscript, to_pt2), strict=True))
-
-
-def standard_onnx(network: nn.Module, meta: dict[str, Any]) -> bytes | None:
-    """ONNX file of a network to compare with; None if PyTorch cannot export it."""
-    try:
-        return to_onnx(fold(network, meta), meta)
-    except Exception:  # a network of the user's own; the student may have been split where it could not be traced
-        return None
 
 
 def session(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
@@ -233,7 +215,7 @@ def compare(
     `run` gets the pixels before normalization; the network runs in float32 on the CPU.
     """
     network = copy.deepcopy(network).cpu().eval()
-    mean, std = _statistics(meta)
+    mean, std = _by_channel(meta["mean"]), _by_channel(meta["std"])
     count = differing = difference = largest = 0
     with torch.inference_mode():
         for images, _ in test:
@@ -261,9 +243,8 @@ class _Deployable(nn.Module):
                     setattr(module, name, child.as_conv())
                 elif isinstance(child, CheapConv2d) and child.is_plain:
                     setattr(module, name, child.as_convs(WIDE_GROUP))
-        mean, std = _statistics(meta)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        for name in ("mean", "std"):
+            self.register_buffer(name, _by_channel(meta[name]))
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -294,6 +275,61 @@ def _fold_norms(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def _lower_opset(model: Any) -> None:
+    """State the lowest opset, 14 or above, that has the operators of an onnx.ModelProto, for old readers."""
+    from onnx import defs, helper
+
+    def version(node: Any) -> int:
+        if node.op_type == "Pad":  # its fourth input, axes, came with 18
+            wraps = any(attribute.name == "mode" and attribute.s == b"wrap" for attribute in node.attribute)
+            return 19 if wraps else 18 if len(node.input) > 3 else 13
+        if node.op_type == "BatchNormalization":  # 15 allows more types of numbers
+            return 14
+        if node.domain or any(attribute.HasField("g") for attribute in node.attribute):  # not looked into
+            return OPSET
+        return defs.get_schema(node.op_type, OPSET).since_version
+
+    model.opset_import[0].version = max(14, *map(version, model.graph.node))
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+
+
+def _pool_globally(graph: Any) -> None:
+    """Replace ReduceMean over height and width by GlobalAveragePool, and Reshape to (-1, n) by Flatten, in place.
+
+    More readers of ONNX take these, in any version and with changing batch sizes.
+
+    Args:
+        graph: an onnx.GraphProto with `value_info`.
+    """
+    from onnx.helper import make_node
+    from onnx.numpy_helper import to_array
+
+    constants = {tensor.name: to_array(tensor).tolist() for tensor in graph.initializer if len(tensor.dims) == 1}
+    values = (*graph.value_info, *graph.input)
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    unused = set()
+    for i in reversed(range(len(graph.node))):
+        node = graph.node[i]
+        if node.op_type not in ("ReduceMean", "Reshape") or len(node.input) != 2:
+            continue
+        (source, parameter), output, shape = node.input, node.output[0], shapes.get(node.input[0], ())
+        constant = constants.get(parameter)
+        if node.op_type == "Reshape" and len(shape) > 1 and constant == [-1, math.prod(shape[1:])]:
+            node.CopyFrom(make_node("Flatten", [source], [output], node.name))
+        elif node.op_type == "ReduceMean" and len(shape) == 4 and {axis % 4 for axis in constant or ()} == {2, 3}:
+            keeps = any(attribute.name == "keepdims" and attribute.i for attribute in node.attribute)
+            pooled = output if keeps else f"{output}_pooled"
+            node.CopyFrom(make_node("GlobalAveragePool", [source], [pooled], node.name))
+            if not keeps:
+                graph.node.insert(i + 1, make_node("Flatten", [pooled], [output], f"{node.name}_flatten"))
+        else:
+            continue
+        unused.add(parameter)
+    unused -= {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in unused]:
+        graph.initializer.remove(tensor)
+
+
 def _to_program(module: nn.Module, meta: dict[str, Any]) -> ExportedProgram:
     with torch.no_grad():
         program = torch.export.export(module, (_example(meta),), dynamic_shapes=({0: Dim("batch", min=1)},))
@@ -307,8 +343,8 @@ def _example(meta: dict[str, Any]) -> Tensor:
     return torch.zeros(2, *meta["input_size"])  # a batch size of 1 would become a constant
 
 
-def _statistics(meta: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(meta[key])[:, None, None] for key in ("mean", "std"))
+def _by_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values)[:, None, None]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,12 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
         ensemble = EnsembleMeta(config.method, len(teacher.network.students))
         of_teacher = replace(meta, accuracy=teacher.accuracies(), ensemble=ensemble)
         job.logger.info(f"exported {job.export_teacher}, the online teacher")
-        _export(run, job.export_teacher, Ensemble(teacher.network), of_teacher)
+        network = Ensemble(teacher.network)
+        checkpoint.export(job.export_teacher, network, of_teacher)
+        deploy(run, job.export_teacher, network, of_teacher)
     meta = replace(meta, accuracy=exported.accuracies())
-    deployment = _export(run, job.export, exported.network, meta)
+    checkpoint.export(job.export, exported.network, meta)
+    deployment = deploy(run, job.export, exported.network, meta)
     pretrained = standard.val.top1 if standard.val and not standard.exported else None
     metrics = read_metrics(job.metrics)
     tables.draw(job, job.curves, (11, 4.2), tables.plot_curves, metrics, trainer.best, pretrained)
@@ -106,10 +110,11 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     job.logger.info("\n" + "\n\n".join(printed))
 
 
-def _export(run: Run, path: Path, network: nn.Module, meta: Meta) -> export.Deployment:
-    checkpoint.export(path, network, meta)
-    deployment = export.write(path, network, to_plain(meta), run.config.export, run.loaders.test)
-    for line in deployment.lines():
+def deploy(run: Run, exported: Path, network: nn.Module, meta: Meta) -> export.Deployment:
+    """Write a network in the formats of --export beside its file `exported`, and log how it went."""
+    deployment = export.write(exported, network, to_plain(meta), run.config.export, run.loaders.test)
+    files = [f"also exported {', '.join(map(str, deployment.files))}"] if deployment.files else []
+    for line in (*files, *deployment.notes(), *deployment.doubts()):
         run.job.logger.info(line)
     return deployment
 
@@ -120,14 +125,17 @@ def measure(rows: Sequence[Row], meta: Meta, onnx: bytes | None, device: torch.d
     Args:
         onnx: content of the exported network's ONNX file.
     """
-    sessions = []
-    for row in rows:
-        if row is rows[0] or row.exported:
-            row.file_bytes = checkpoint.exported_size(row.network, meta)
-            content = onnx and (onnx if row.exported else export.standard_onnx(row.network, to_plain(meta)))
-            if content:
-                row.onnx_bytes = len(content)
-                sessions.append((row, export.session(content)))
+    standard, (exported,) = rows[0], [row for row in rows if row.exported]
+    contents = [(exported, onnx)] if onnx else []
+    if onnx and standard is not exported:
+        plain = to_plain(meta)
+        with suppress(Exception):  # a network of the user's own; the student lacks what cannot be traced
+            contents.insert(0, (standard, export.to_onnx(export.fold(standard.network, plain), plain)))
+    for row, content in contents:
+        row.onnx_bytes = len(content)
+    for row in (standard, exported):
+        row.file_bytes = checkpoint.exported_size(row.network, meta)
+    sessions = [(row, export.session(content)) for row, content in contents]
     for batch in BATCHES:
         images = torch.randn(batch, *meta.input_size)
         networks = [(row, forward_pass(row.network, images, device)) for row in rows if row.network]

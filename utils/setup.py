@@ -1,6 +1,7 @@
 """The parts that main.py and finetune.py share: a run, from its flags to the trained learner."""
 
 import errno
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from data.sources import DataSet
 from model import build, variant_for
 from model.online import Students
 from model.split import check_features
-from utils import distributed, export
+from utils import distributed
 from utils.checkpoint import Meta, load_checkpoint
 from utils.config import AUTO, Config
 from utils.cost import Candidates, check_fits
@@ -59,6 +60,7 @@ FAILURES = {
         "a process that reads images died, perhaps because memory ran out: try fewer --workers ({error})"
     ),
 }
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     Raises:
         UserError: a package, the device, the data or the teacher is not as the flags say; the job's folder is not free.
     """
-    export.check_packages(config.export)
+    check_packages(config.export)
     device = distributed.start(pick_device(config.device))
     precision, execution = pick_precision(config.precision, device), pick_execution(config.compile, device)
     apply_execution(execution)
@@ -192,6 +194,15 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
     return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders)
+
+
+def check_packages(formats: Sequence[str]) -> None:
+    """Raise a UserError unless the packages that these formats need are installed."""
+    try:
+        for package in ONNX_PACKAGES if "onnx" in formats else ():
+            importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"--export onnx needs packages: pip install {' '.join(ONNX_PACKAGES)} ({error})") from error
 
 
 def _workers(config: Config) -> int:
