@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from utils import normalization
 from utils.errors import UserError
@@ -67,6 +67,7 @@ _fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
 _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
 _part = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+_TYPES = {int: _positive_int, float: _weight, Path: _path}  # of flags that state no other one
 
 
 def _pruned_num(text: str) -> int | str:
@@ -89,16 +90,17 @@ def _flag(group: str, help: str, default: Any = None, *, finetune: Any = None, *
         group: under which --help lists it.
         default: None if it depends on other flags or on a file; utils/options.py then fills it in.
         finetune: default in finetune.py, if it differs.
-        arguments: for argparse's add_argument, and `name`, if it differs from the field's; `recorded`, whether it is
-            part of the recorded configuration (True); `may_change`, whether it may differ on resume because it does
+        arguments: for argparse's add_argument, where `type` is by default that of the field; and `recorded`, whether it
+            is part of the recorded configuration (True); `may_change`, whether it may differ on resume because it does
             not change what is computed (False).
     """
     return field(default=default, metadata={"group": group, "help": help, "finetune": finetune, **arguments})
 
 
-_network, _distillation, _data, _training, _job, _machine = (
-    partial(_flag, group) for group in ("networks", "distillation", "data", "training", "job", "machine")
+_network, _distillation, _data, _training = (
+    partial(_flag, group) for group in ("networks", "distillation", "data", "training")
 )
+_job, _machine = (partial(_flag, group, may_change=True) for group in ("job", "machine"))
 _control = partial(_job, recorded=False)  # how a run is carried out, not what it computes
 
 
@@ -117,7 +119,7 @@ class Config:
         "the student (default: the standard network's name with _sparse)", metavar="NAME"
     )
     conv: str | None = _network("cheap convolution (default: depthwise)", choices=("depthwise", "group", "shift"))
-    groups: int | None = _network("groups of each group convolution (default: 4)", type=_positive_int)
+    groups: int | None = _network("groups of each group convolution (default: 4)")
     pruned_num: int | str | None = _network(
         "number of convolutions to replace, counted from the output, or auto: those that cost the least for the budget "
         "of --macs or --max_drop (default: all)",
@@ -129,9 +131,7 @@ class Config:
     max_drop: float | None = _network(
         "with --pruned_num auto: largest drop of validation accuracy before training", type=_positive, metavar="POINTS"
     )
-    num_students: int = _network(
-        f"students trained side by side (default: {_by_method('num_students')})", type=_positive_int
-    )
+    num_students: int = _network(f"students trained side by side (default: {_by_method('num_students')})")
 
     init: str | None = _distillation(
         "initial weights of the students: random, as in the paper, or those of the pretrained teacher "
@@ -139,7 +139,7 @@ class Config:
         choices=("random", "teacher"),
     )
     teacher_dir: Path | None = _distillation(
-        "checkpoint of the pretrained teacher, or a folder with one", type=_path, metavar="PATH", may_change=True
+        "checkpoint of the pretrained teacher, or a folder with one", metavar="PATH", may_change=True
     )
     teacher_norm: str | None = _distillation(
         "normalization the pretrained teacher was trained with: cifar, cifar100, imagenet, none, or "
@@ -157,13 +157,9 @@ class Config:
         f"{'; '.join(f'{method.name}: {method.title}' for method in METHODS.values())} (default: od, the paper's)",
         choices=tuple(METHODS),
     )
-    lam: float = _distillation(
-        f"weight of the online term (default: {_by_method('lam')})", type=_weight, metavar="WEIGHT", name="lambda"
-    )
+    lam: float = _distillation(f"weight of the online term (default: {_by_method('lam')})", metavar="WEIGHT")
     miu: float = _distillation(
-        "weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)",
-        type=_weight,
-        metavar="WEIGHT",
+        "weight of the pretrained teacher's term (default: 1 with --teacher_dir, else 0)", metavar="WEIGHT"
     )
     temperature: float = _distillation(
         f"T of the softened distributions (default: {_by_method('temperature')})", type=_temperature
@@ -178,26 +174,23 @@ class Config:
     )
     rampup_epochs: float = _distillation(
         "epochs in which the weight of the online term rises from 0 (default: "
-        f"{_by_method('rampup', lambda share: f'{300 * share:g} of 300')})",
-        type=_weight,
+        f"{_by_method('rampup', lambda share: f'{300 * share:g} of 300')})"
     )
 
     dataset: str = _data(
         "digits, cifar10, cifar100, fashion_mnist, svhn, imagenet or folder (default: cifar10)", metavar="NAME"
     )
     data_dir: Path | None = _data(
-        "folder with the data, or for downloads (default: data/downloads)", type=_path, metavar="PATH", may_change=True
+        "folder with the data, or for downloads (default: data/downloads)", metavar="PATH", may_change=True
     )
     labels: Path | None = _data(
         "CSV file with the classes of a folder's images: columns path (below --data_dir), label and, if wanted, split "
         "(train, val or test; default: the images are in class folders)",
-        type=_path,
         metavar="FILE.csv",
         may_change=True,
     )
     image_size: int | None = _data(
         "height and width of the crops of imagenet and folder (default: 224; small images of one size are not resized)",
-        type=_positive_int,
         metavar="PIXELS",
     )
     val_size: float = _data(
@@ -209,17 +202,13 @@ class Config:
         "training images to use, after the split: a fraction below 1 or a number (default: all)", type=_share
     )
 
-    num_epochs: int = _training(
-        "passes over the training images", 300, finetune=30, type=_positive_int, may_change=True
-    )
+    num_epochs: int = _training("passes over the training images", 300, finetune=30, may_change=True)
     train_batch_size: int = _training("images per step, of all processes together", 128, type=_batch)
-    eval_batch_size: int = _training(
-        "images per batch in validation and test", 100, type=_positive_int, may_change=True
-    )
+    eval_batch_size: int = _training("images per batch in validation and test", 100, may_change=True)
     lr: float = _training("learning rate", 0.1, finetune=1e-4, type=_positive)
     momentum: float = _training("of SGD", 0.9, type=_fraction)
     nesterov: bool = _training("Nesterov momentum, as in timm's sgd", False)
-    weight_decay: float = _training("of SGD, on all parameters", 2e-4, type=_weight)
+    weight_decay: float = _training("of SGD, on all parameters", 2e-4)
     label_smoothing: float = _training(
         "label smoothing of the training cross-entropy, of the students and of the online teacher; not of the KL terms",
         0.0,
@@ -233,13 +222,10 @@ class Config:
         metavar="EPOCH",
     )
     warmup_epochs: float = _training(
-        "epochs in which the rate rises from 0; the released code had none", 1.0, finetune=0.0, type=_weight
+        "epochs in which the rate rises from 0; the released code had none", 1.0, finetune=0.0
     )
     accumulate: int = _training(
-        "gradient accumulation steps, for a batch that does not fit into memory",
-        1,
-        type=_positive_int,
-        metavar="PARTS",
+        "gradient accumulation steps, for a batch that does not fit into memory", 1, metavar="PARTS"
     )
     sync_bn: bool = _training("BatchNorm statistics over the processes of torchrun", False)
     seed: int = _training(
@@ -250,22 +236,15 @@ class Config:
         "folder for everything that the run writes",
         Path("experiment/job"),
         finetune=Path("experiment/finetune"),
-        type=_path,
         metavar="PATH",
-        may_change=True,
     )
     resume: Path | None = _control(
-        "continue from a checkpoint (bare: the last one of the job_dir)",
-        nargs="?",
-        const=RESUME_LAST,
-        type=_path,
-        metavar="FILE",
+        "continue from a checkpoint (bare: the last one of the job_dir)", nargs="?", const=RESUME_LAST, metavar="FILE"
     )
     save_every_minutes: float | None = _job(
         "also save the last checkpoint this often within an epoch (default: only after each epoch)",
         type=_positive,
         metavar="MINUTES",
-        may_change=True,
     )
     reset: bool = _control("delete what an earlier run wrote to the job_dir and start over", False)
     export: tuple[str, ...] = _control(
@@ -280,33 +259,27 @@ class Config:
         "main.py: also export the online teacher, all students with the head on their features, as one network", False
     )
     test_only: bool = _control("evaluate on the test set; train and write nothing", False)
-    pretrain: bool = _job("main.py: train the standard network alone, to be a teacher", False)
-    refine: Path | None = _job(
-        "finetune.py: the student to refine, or a training checkpoint", type=_path, metavar="FILE", may_change=True
-    )
-    pruned: bool = _job("finetune.py: --refine is an exported student", False, may_change=True)
+    pretrain: bool = _job("main.py: train the standard network alone, to be a teacher", False, may_change=False)
+    refine: Path | None = _job("finetune.py: the student to refine, or a training checkpoint", metavar="FILE")
+    pruned: bool = _job("finetune.py: --refine is an exported student", False)
 
-    device: str = _machine("auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", "auto", may_change=True)
+    device: str = _machine("auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", "auto")
     precision: str = _machine(
         "of the networks in training; auto: bf16 if the hardware has units for it, else fp32",
         "auto",
         choices=("auto", "fp32", "bf16"),
-        may_change=True,
     )
     compile: str = _machine(
         "auto: fused kernels on a CPU (needs g++), a graph of the training step on CUDA; on: the same, and on CUDA "
         "torch.compile; off: PyTorch's operators",
         "auto",
         choices=("auto", "on", "off"),
-        may_change=True,
     )
     workers: int | None = _machine(
         "processes that read streamed images, or threads that decode small ones, at most one per core (default: the "
-        "number of cores, at most 8)",
-        type=_positive_int,
-        may_change=True,
+        "number of cores, at most 8)"
     )
-    print_freq: int = _machine("steps between progress lines", 100, type=_positive_int, may_change=True)
+    print_freq: int = _machine("steps between progress lines", 100)
 
     typed: frozenset[str] = frozenset()  # the fields whose flags were typed
 
@@ -340,7 +313,10 @@ def flags() -> Iterator[dataclasses.Field]:
     return (field for field in dataclasses.fields(Config) if "group" in field.metadata)
 
 
-_NAMES = {field.name: field.metadata.get("name", field.name) for field in flags()}
+def argument_type(field: dataclasses.Field) -> Callable[[str], Any] | None:
+    """The function that parses a flag's values, as argparse's `type`; None if any text is one."""
+    kinds = (field.type, *get_args(field.type))  # int | None has the arguments int and None
+    return field.metadata.get("type") or next((_TYPES[kind] for kind in kinds if kind in _TYPES), None)
 
 
 def is_open(default: Any) -> bool:
@@ -349,5 +325,5 @@ def is_open(default: Any) -> bool:
 
 
 def flag_name(field: str) -> str:
-    """The flag of a field of `Config`, without its dashes."""
-    return _NAMES[field]
+    """The flag of a field of `Config`, without its dashes; `lam` is lambda, which is a keyword of Python."""
+    return "lambda" if field == "lam" else field

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from utils.config import AUTO, LAST, RESUME_LAST, Config, flag_name, flags, is_open
+from utils.config import AUTO, LAST, RESUME_LAST, Config, argument_type, flag_name, flags, is_open
 from utils.errors import UserError, exit_with
 from utils.methods import METHODS
 
@@ -51,10 +51,9 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     for title, fields in groupby(flags(), key=lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in fields:
-            keys = field.metadata.keys() & {"type", "choices", "metavar", "nargs", "const"}
+            keys = field.metadata.keys() & {"choices", "metavar", "nargs", "const"}
             arguments = {key: field.metadata[key] for key in keys}
-            if field.type is bool:
-                arguments["action"] = "store_true"
+            arguments |= {"action": "store_true"} if field.type is bool else {"type": argument_type(field)}
             default = _default(script, field)
             arguments["help"] = field.metadata["help"] + ("" if is_open(default) else f" (default: {default})")
             group.add_argument(f"--{flag_name(field.name)}", dest=field.name, **arguments)

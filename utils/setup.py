@@ -218,10 +218,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        explanation = _explain(error)
-        if explanation is None:
-            raise
-        exit_with(explanation)
+        if explanation := _explain(error):
+            exit_with(explanation)
+        raise
     finally:
         interruption.ignore_first()
 

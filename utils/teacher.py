@@ -1,7 +1,6 @@
 """The pretrained teacher: a standard network from an exported file or a published checkpoint."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -257,8 +256,8 @@ def find_file(path: Path, name: str) -> Path:
         return path
     if (path / f"{name}.pt").is_file():
         return path / f"{name}.pt"
-    names = (name for name in sorted(os.listdir(path)) if name.endswith(published.SUFFIXES) and name[0] != ".")
-    found = [path / name for name in names if (path / name).is_file()]
+    named = (file for file in path.iterdir() if file.name.endswith(published.SUFFIXES) and file.name[0] != ".")
+    found = sorted(file for file in named if file.is_file())
     if not found:
         suffixes = ", ".join(published.SUFFIXES)
         raise UserError(f"--teacher_dir {path} holds no checkpoint ({suffixes}): name the file itself")
