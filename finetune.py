@@ -44,7 +44,7 @@ def main(config: Config) -> None:
         )
     config = options.for_refinement(config, source)
     check_teacher(config.arch, config.teacher_model)
-    run = prepare(config, [config.refine, config.teacher_dir], trained=(config.refine, source))
+    run = prepare(config, trained=(config.refine, source))
     check_fits(student, str(config.refine), run.dataset.input_size, len(run.dataset.classes))
     before = copy.deepcopy(student).to(run.device)
     if config.test_only:

@@ -44,7 +44,7 @@ def main(config: Config) -> None:
         print_test(config)
         return
     config = with_networks(config)
-    run = prepare(config, [config.teacher_dir])
+    run = prepare(config)
     torch.manual_seed(config.seed)
     networks, budget = build_networks(run)
     learner = run.learner(networks)
@@ -135,12 +135,12 @@ def print_test(config: Config) -> None:
     if config.resume is None and not path.exists():
         if not config.teacher_dir:
             raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
-        run, learner = prepare(with_networks(options.settle_main(config)), []), None
+        run, learner = prepare(with_networks(options.settle_main(config))), None
     else:
         content = checkpoint.load_checkpoint(path)
         students, meta = checkpoint.all_students(path, content, config.arch)
         config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
-        run = prepare(config, [], trained=(path, meta))
+        run = prepare(config, trained=(path, meta))
         learner = run.learner(students)
         load_weights(learner, content.model, str(path))
         learner = place(learner, run.device)

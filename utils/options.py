@@ -205,16 +205,14 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
     Raises:
         UserError: a flag contradicts the metadata.
     """
-    for name, key in _STATED.items():
-        value = getattr(config, name)
-        stated = getattr(meta, key)
-        if value not in (None, stated):
-            raise UserError(f"--{name} {value}, but {config.refine} says {stated}: leave out --{name}")
+    stated = {name: getattr(meta, key) for name, key in _STATED.items()}
+    for name, value in stated.items():
+        if (given := getattr(config, name)) not in (None, value):
+            raise UserError(f"--{name} {given}, but {config.refine} says {value}: leave out --{name}")
     then, names = meta.config, ["dataset", "val_size", "teacher_model"]
     if config.dataset in (None, then["dataset"]):
         names += ["data_dir", "image_size", "train_size"]
         names += [] if config.data_dir else ["labels"]  # they belong to the folder
-    stated = {name: getattr(meta, key) for name, key in _STATED.items()}
     return config.filled(**stated, **_fields(then, names))
 
 

@@ -83,6 +83,7 @@ class Run:
     teacher: nn.Module | None
     remarks: list[str]
     loaders: Loaders
+    workers: int
 
     def students(self, build: Callable[..., nn.Module]) -> tuple[list[nn.Module], list[list[float]] | None]:
         """The students and, with --pruned_num auto, those that were compared, as in `Meta.budget`.
@@ -121,7 +122,7 @@ class Run:
 
     def sample(self) -> list[Tensor]:
         """Batches of training images, to fit cheap convolutions on."""
-        return sample(self.dataset, self.device, _workers(self.config))
+        return sample(self.dataset, self.device, self.workers)
 
     def trainer(self, learner: Students) -> Trainer:
         return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
@@ -165,11 +166,10 @@ def standard_network(config: Config, dataset: DataSet) -> nn.Module:
     return build(config.teacher_model, len(dataset.classes), arch=config.arch, **variant)
 
 
-def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, Meta] | None = None) -> Run:
+def prepare(config: Config, trained: tuple[Path, Meta] | None = None) -> Run:
     """Check and load everything that a run needs, without writing anything.
 
     Args:
-        inputs: files and folders that the run reads.
         trained: a file with a trained network, and its metadata, whose normalization the data gets.
 
     Raises:
@@ -180,8 +180,9 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     precision, execution = pick_precision(config.precision, device), pick_execution(config.compile, device)
     apply_execution(execution)
     job = Job(config.job_dir, config.recorded())
+    inputs = [config.refine, config.teacher_dir]
     resumed = None if config.test_only else job.checkpoint_to_resume(config.resume, config.reset, inputs)
-    workers = _workers(config)
+    workers = min(config.workers or 8, cores())
     sizes = (config.val_size, workers, config.image_size, config.train_size)
     dataset = data.load(config.dataset, config.data_dir, *sizes, labels=config.labels)
     for remark in dataset.remarks if config.test_only else ():  # otherwise they go to the log of the job
@@ -193,7 +194,7 @@ def prepare(config: Config, inputs: Sequence[Path | None], trained: tuple[Path, 
     if config.init == "teacher" and not trained:
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
-    return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders)
+    return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders, workers)
 
 
 def check_packages(formats: Sequence[str]) -> None:
@@ -203,10 +204,6 @@ def check_packages(formats: Sequence[str]) -> None:
             importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"--export onnx needs packages: pip install {' '.join(ONNX_PACKAGES)} ({error})") from error
-
-
-def _workers(config: Config) -> int:
-    return min(config.workers or 8, cores())
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,16 +68,13 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
     """
     if not config.teacher_dir:
         return None, []
-    name, file = config.teacher_model, find_file(config.teacher_dir, config.teacher_model)
-    arch = architecture_of(name, config.arch)
-    variant = variant_for(arch, name, dataset.input_size)
-    num_classes, given = len(dataset.classes), (dataset.mean, dataset.std)
-    teacher, meta, remark = load_teacher(file, name, num_classes, device, arch, variant, given, config.teacher_norm)
-    check_fits(teacher, name, dataset.input_size, num_classes)
+    name, size, num_classes = config.teacher_model, dataset.input_size, len(dataset.classes)
+    file, given = find_file(config.teacher_dir, name), (dataset.mean, dataset.std)
+    teacher, meta, remark = load_teacher(file, name, num_classes, device, config.arch, size, given, config.teacher_norm)
+    check_fits(teacher, name, size, num_classes)
     if meta is None:
         return teacher, [remark] if dataset.val is dataset.test else [remark, PUBLIC]
-    if not config.test_only:
-        check_unseen(meta, dataset, config, file)
+    check_unseen(meta, dataset, config, file)
     difference = first_difference(meta.classes, dataset.classes)
     if difference and sorted(meta.classes) == sorted(dataset.classes):
         teacher = Reordered(teacher, [meta.classes.index(label) for label in dataset.classes]).to(device).eval()
@@ -93,8 +89,8 @@ def pretrained_teacher(config: Config, dataset: DataSet, device: torch.device) -
 
 
 def check_unseen(meta: Meta, dataset: DataSet, config: Config, source: Path) -> None:
-    """Raise a UserError if the network in `source` was trained on images of the validation set."""
-    if dataset.val is dataset.test or _is_recorded(meta, "val", dataset, config):
+    """Raise a UserError if a run would validate on images that the network in `source` was trained on."""
+    if config.test_only or dataset.val is dataset.test or _is_recorded(meta, "val", dataset, config):
         return
     then, same_test = meta.config["val_size"], _is_recorded(meta, "test", dataset, config)
     if then != config.val_size and (same_test or _has_same_name(meta, config)):
@@ -197,7 +193,7 @@ def load_teacher(
     num_classes: int,
     device: torch.device,
     arch: str | None = None,
-    variant: dict[str, Any] | None = None,
+    input_size: Sequence[int] | None = None,
     given: MeanStd | None = None,
     norm: str | None = None,
 ) -> tuple[nn.Module, Meta | None, str]:
@@ -206,7 +202,7 @@ def load_teacher(
     Args:
         path: an exported network or a published state dict (model/published.py), or a folder, see `find_file`.
         arch: as --arch; by default the one that has `name`.
-        variant: keyword arguments of `model.build` for a published state dict that does not determine them.
+        input_size: (C, H, W) of the images, for the form of a published network; by default that of `model.build`.
         given: normalization of the images that it will see.
         norm: normalization that it was trained with, as --teacher_norm; by default that of the file or its project, or
             else `given`.
@@ -217,7 +213,7 @@ def load_teacher(
     Raises:
         UserError: no such file, no checkpoint, or one of another architecture, width or number of classes.
     """
-    file, arch, meta = find_file(path, name), arch or architecture_of(name), None
+    file, arch, meta = find_file(path, name), architecture_of(name, arch), None
     content = load(file)
     if isinstance(content, TrainingCheckpoint):
         raise UserError(f"{file} is a training checkpoint: take the network exported beside it, {name}.pt")
@@ -230,7 +226,8 @@ def load_teacher(
         network, _ = restore(file, content.state_dict, meta, arch)
         wanted, layout = (tuple(meta.mean), tuple(meta.std)), "exported by this program"
     else:
-        builder = partial(build, name, num_classes, arch=arch, **(variant or {}))
+        variant = variant_for(arch, name, input_size) if input_size else {}
+        builder = partial(build, name, num_classes, arch=arch, **variant)
         source = f"{file} as {name} with {num_classes} classes"
         network, wanted, layout = published.load(content, arch, name, builder, source)
     remark = f"{file}: {layout}; normalization of the teacher: "
