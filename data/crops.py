@@ -1,8 +1,8 @@
 """Image files as crops of one size: torchvision decodes JPEG files and scales uint8 tensors, Pillow reads the rest."""
 
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.images import open_image, read, reduction_below_limit
+from data.images import open_image, read, reduction_below_limit, without_warnings
 from data.sources import Preprocessing
 
 try:
@@ -61,21 +61,21 @@ class TrainingCrop:
             return F.horizontal_flip(crop) if torch.rand(1) < 0.5 else crop
 
 
+@dataclass
 class EvaluationCrop:
     """The center of an image that is scaled as `preprocessing` says."""
 
-    def __init__(self, preprocessing: Preprocessing):
-        self.preprocessing = preprocessing
-        self.interpolation = v2.InterpolationMode(preprocessing.interpolation)
+    preprocessing: Preprocessing
 
     def __call__(self, path: bytes, seed: int) -> Tensor:
         """(3, H, W) uint8; the seed is not used. Raises as `data.images.read` does."""
-        resize, crop = self.preprocessing.resize, self.preprocessing.crop
+        resize, interpolation = self.preprocessing.resize, v2.InterpolationMode(self.preprocessing.interpolation)
         whole = read_region(path, lambda image: Region(0, 0, image.height, image.width, resize))
-        scaled = F.resize(whole, resize[:1], self.interpolation, antialias=self.preprocessing.antialias)
-        return F.center_crop(scaled, crop)
+        scaled = F.resize(whole, resize[:1], interpolation, antialias=self.preprocessing.antialias)
+        return F.center_crop(scaled, self.preprocessing.crop)
 
 
+@without_warnings()
 def read_region(path: bytes, choose: Callable[[Image.Image], Region]) -> Tensor:
     """Read a region of an image file as RGB, (3, H, W) uint8.
 
@@ -87,13 +87,11 @@ def read_region(path: bytes, choose: Callable[[Image.Image], Region]) -> Tensor:
     Raises: as `data.images.read` does.
     """
     region, width, factor = None, 0, 1
-    with suppress(Exception), warnings.catch_warnings():  # `read` finds the reason
-        warnings.simplefilter("ignore")
+    with suppress(Exception):  # `read` finds the reason
         with open_image(path) as image:
             region, width = choose(image), image.width
             factor = max(region.reduction, reduction_below_limit(image))
-            is_jpeg = isinstance(image, JpegImageFile)
-        if is_jpeg and factor == 1 and decode_jpeg:
+        if isinstance(image, JpegImageFile) and factor == 1 and decode_jpeg:
             with open(path, "rb") as file:
                 encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
             return region.cut(decode_jpeg(encoded, ImageReadMode.RGB))

@@ -3,9 +3,9 @@
 import errno
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import numpy as np
@@ -24,6 +24,15 @@ class DamagedImage(Exception):
     """An image file cannot be read; the message is the reason."""
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings on metadata and on size, which is checked. Several threads must not enter it at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@without_warnings()
 def read(path: bytes, reduction: int = 1) -> Image.Image:
     """Read an image file as RGB: transparency on white, 16-bit gray scaled to 8 bits, EXIF's orientation not applied.
 
@@ -34,13 +43,6 @@ def read(path: bytes, reduction: int = 1) -> Image.Image:
         DamagedImage: the file is missing, cut off, no image, or not of integers, or has more pixels than the limit.
         OSError, MemoryError: this process has too many open files, or too little memory.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on metadata and on size, which is checked; damaged pixels raise an error
-        return _read(path, reduction)
-
-
-def _read(path: bytes, reduction: int = 1) -> Image.Image:
-    """`read`, with Pillow's warnings: warnings.catch_warnings must not run in several threads at once."""
     try:
         with open_image(path) as image:
             needed = reduction_below_limit(image)
@@ -50,7 +52,11 @@ def _read(path: bytes, reduction: int = 1) -> Image.Image:
             image.draft(None, (image.width // factor, image.height // factor))
             return to_rgb(image)
     except Exception as error:  # a damaged image can raise anything
-        raise _damage(error) from error
+        of_the_machine = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in of_the_machine:
+            raise
+        known = "no image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+        raise DamagedImage(known or str(error) or type(error).__name__) from error
 
 
 def open_image(path: bytes) -> Image.Image:
@@ -104,17 +110,13 @@ class OtherSize(Exception):
     """Images are of more than one size; the message names two that differ."""
 
 
+@without_warnings()
 def usual_size(paths: np.ndarray) -> tuple[int, int]:
     """The most frequent (width, height) of image files, from their headers; (1, 1) if none can be read."""
     sizes: Counter[tuple[int, int]] = Counter()
     for path in paths:
-        with warnings.catch_warnings(), suppress(DamagedImage):
-            warnings.simplefilter("ignore")
-            try:
-                with open_image(path) as image:
-                    sizes[image.size] += 1
-            except Exception as error:
-                raise _damage(error) from error
+        with suppress(Exception), open_image(path) as image:  # `read` finds the reason
+            sizes[image.size] += 1
     return sizes.most_common(1)[0][0] if sizes else (1, 1)
 
 
@@ -137,7 +139,7 @@ def decode(paths: np.ndarray, size: tuple[int, int], workers: int) -> tuple[np.n
     def decode_chunk(chunk: range) -> None:
         for index in chunk:
             try:
-                image = _read(paths[index])
+                image = read.__wrapped__(paths[index])  # `without_warnings` surrounds all threads
             except DamagedImage as error:
                 damaged[index] = str(error)
                 continue
@@ -149,23 +151,13 @@ def decode(paths: np.ndarray, size: tuple[int, int], workers: int) -> tuple[np.n
     chunks = [range(start, min(start + 256, len(paths))) for start in range(0, len(paths), 256)]
     with (
         tqdm(desc="decoding", total=len(paths), unit=" images", leave=False, disable=None) as bar,
-        warnings.catch_warnings(),
+        without_warnings(),
         ThreadPoolExecutor(workers) as pool,
     ):
-        warnings.simplefilter("ignore")  # as in `read`
         decoded = pool.map(decode_chunk, chunks)  # cancels the chunks that have not begun once one raises an error
         for chunk, _ in zip(chunks, decoded, strict=True):
             bar.update(len(chunk))
     return images, dict(sorted(damaged.items()))
-
-
-def _damage(error: Exception) -> DamagedImage:
-    """The error as a DamagedImage; raises it again if the machine caused it rather than the file."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        raise error
-    if isinstance(error, UnidentifiedImageError):
-        return DamagedImage("no image")
-    return DamagedImage(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class SkippedImages:
