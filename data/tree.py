@@ -68,23 +68,18 @@ def classified_files(root: Path, uses: Sequence[str]) -> Found:
 def _split_folders(root: Path, uses: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
     """The folder of each of `uses` that has one, and a note on folders beside them."""
     names = sorted(entry.name for entry in _visible(os.scandir(root)) if _is_folder(entry)) if root.is_dir() else []
-    folders: dict[str, Path] = {}
-    for name in names:
-        use = SPLITS.get(name)
-        if use in folders and use in uses:
-            raise UserError(
-                f"{root} has {folders[use].name} and {name}, which both mean {use}: rename or move one of them"
-            )
-        if use in uses:
-            folders[use] = root / name
-    unused = sorted(set(names) - {folder.name for folder in folders.values()})
+    named = {use: [name for name in names if SPLITS.get(name) == use] for use in uses}
+    for use, same in named.items():
+        if len(same) > 1:
+            raise UserError(f"{root} has {same[0]} and {same[1]}, which both mean {use}: rename or move one of them")
+    folders = {use: root / same[0] for use, same in named.items() if same}
     if "train" not in folders:
         there = f", only {_listed(names)}" if names else ""
         raise UserError(f"{root} has no folder train{there}: {LAYOUT}")
     if len(folders) == 1:
         raise UserError(f"{root} has neither test nor val, only {_listed(names)}: {LAYOUT}")
-    remarks = [f"Not used: the folder(s) {_listed(unused)} beside train in {root}."] if unused else []
-    return {use: folders[use] for use in uses if use in folders}, remarks
+    unused = [name for name in names if SPLITS.get(name) not in uses]
+    return folders, [f"Not used: the folder(s) {_listed(unused)} beside train in {root}."] if unused else []
 
 
 def _listed(names: Sequence[str]) -> str:
