@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data.labels import labeled_files
 from data.sources import DataSet, Split, channel_statistics
 from data.tree import Found, classified_files
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS, MeanStd
+from utils.normalization import NORMALIZATIONS
 
 LARGEST = 64  # pixels on each side of images that are kept in memory
 IMAGE_SIZE = 224  # default height and width of streamed images
@@ -28,17 +29,18 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
         labels: a CSV file with the classes of the images, see `labeled_files`. Default: they are in class folders.
 
     Raises:
-        UserError: as `classified_files`, `labeled_files` and `split_by_class`, or too many images cannot be read.
+        UserError: as `classified_files`, `labeled_files` and `data_set`, or too many images cannot be read.
     """
     root = data_dir.resolve()
     found = labeled_files(root, labels) if labels else classified_files(root, ("train", "test", "val"))
+    dataset = data_set("folder", found)
     if image_size:
-        return streamed("folder", found, image_size)
-    classes, splits = split_by_class(found)
+        return streamed(dataset, image_size)
+    splits = {use: getattr(dataset, use) for use in ("train", "test", "val") if getattr(dataset, use)}
     paths = np.concatenate([split.images for split in splits.values()])
     size = usual_size(paths[_evenly(len(paths))])
     if max(size) > LARGEST:
-        return streamed("folder", found)
+        return streamed(dataset)
     try:
         images, damaged = decode(paths, size, workers)
     except OtherSize as other:
@@ -46,35 +48,32 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
             f"All images are scaled to {IMAGE_SIZE} x {IMAGE_SIZE} and read in every epoch, because they are of more "
             f"than one size: {other}. Images of one size, at most {LARGEST} x {LARGEST}, stay as they are, in memory."
         )
-        return streamed("folder", found._replace(remarks=[*found.remarks, remark]))
+        return streamed(replace(dataset, remarks=[*dataset.remarks, remark]))
 
-    skipped = SkippedImages(len(paths))
-    skipped.add({paths[index]: reason for index, reason in damaged.items()})
-    start = 0
-    for use, split in splits.items():
-        kept = np.setdiff1d(np.arange(start, start + len(split)), list(damaged))
-        if not len(kept):
-            raise UserError(f"none of the images in {found.places[use]} can be read: repair them")
-        splits[use] = Split(images[kept], split.targets[kept - start])
-        start += len(split)
+    dataset.skipped.add({paths[index]: reason for index, reason in damaged.items()})
+    decoded = Split(images, np.concatenate([split.targets for split in splits.values()]))
+    uses = np.repeat(list(splits), list(map(len, splits.values())))
+    uses[list(damaged)] = ""
+    for use in splits:
+        splits[use] = decoded[uses == use]
+        if not len(splits[use]):
+            place = found.places.get(use) or found.places["val"]
+            raise UserError(f"none of the images in {place} can be read: repair them")
     padding = images.shape[1] // 8  # 4 pixels of 32, as in CIFAR's recipe
-    statistics = channel_statistics(splits["train"].images)
-    remarks = [*found.remarks, *_likeness(splits["train"].images)]
-    return _data_set("folder", classes, splits, statistics, padding, skipped, remarks)
+    mean, std = channel_statistics(splits["train"].images)
+    remarks = [*dataset.remarks, *_likeness(splits["train"].images)]
+    return replace(dataset, **splits, mean=mean, std=std, padding=padding, remarks=remarks)
 
 
-def streamed(name: str, found: Found, image_size: int | None = None) -> DataSet:
-    """A data set whose images are read from their files in every epoch."""
-    classes, splits = split_by_class(found)
-    paths = splits["train"].images
-    remarks = [*found.remarks, *_likeness(_readable(paths[_evenly(len(paths))]))]
-    skipped = SkippedImages(sum(map(len, splits.values())))
-    dataset = _data_set(name, classes, splits, NORMALIZATIONS["imagenet"], 0, skipped, remarks)
-    return replace(dataset, image_size=image_size or IMAGE_SIZE)
+def streamed(dataset: DataSet, image_size: int | None = None) -> DataSet:
+    """The data set with crops of its images, which are read from their files in every epoch."""
+    paths = dataset.train.images
+    remarks = [*dataset.remarks, *_likeness(_readable(paths[_evenly(len(paths))]))]
+    return replace(dataset, image_size=image_size or IMAGE_SIZE, remarks=remarks)
 
 
-def split_by_class(found: Found) -> tuple[list[str], dict[str, Split]]:
-    """The classes in training, and the splits by use; images are sorted by class and path.
+def data_set(name: str, found: Found) -> DataSet:
+    """The paths of image files, sorted by class and path. Without a split test, val is the test set.
 
     Raises:
         UserError: a split has no images or a class that train lacks, or classes are too few.
@@ -98,23 +97,12 @@ def split_by_class(found: Found) -> tuple[list[str], dict[str, Split]]:
         # Bytes take a fraction of the memory of a million strings, and worker processes share them.
         paths = np.array([os.fsencode(path) for paths in files for path in paths])
         splits[use] = Split(paths, np.repeat(np.arange(len(classes)), list(map(len, files))))
-    return classes, splits
-
-
-def _data_set(
-    name: str,
-    classes: list[str],
-    splits: dict[str, Split],
-    statistics: MeanStd,
-    padding: int,
-    skipped: SkippedImages,
-    remarks: list[str],
-) -> DataSet:
-    """The splits in their roles: val/ is the test set if there is no test/."""
-    roles = splits if "test" in splits else {"train": splits["train"], "test": splits["val"]}
-    mean, std = statistics
+    if "test" not in splits:
+        splits["test"] = splits.pop("val")
+    mean, std = NORMALIZATIONS["imagenet"]
+    skipped = SkippedImages(sum(map(len, splits.values())))
     return DataSet(
-        name, classes, **roles, mean=mean, std=std, padding=padding, flip=True, skipped=skipped, remarks=remarks
+        name, classes, **splits, mean=mean, std=std, padding=0, flip=True, skipped=skipped, remarks=found.remarks
     )
 
 
@@ -125,10 +113,8 @@ def _evenly(count: int) -> np.ndarray:
 
 def _readable(paths: Sequence[bytes]) -> Iterator[np.ndarray]:
     for path in paths:
-        try:
+        with suppress(DamagedImage):
             yield np.asarray(read(path))
-        except DamagedImage:
-            continue
 
 
 def _likeness(images: Iterator[np.ndarray] | np.ndarray) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folder import streamed
+from data.folder import data_set, streamed
 from data.sources import DataSet, Split, channel_statistics
 from data.tree import classified_files, is_image
 from utils.distributed import first_on_each_machine
@@ -55,13 +55,12 @@ class TorchvisionSet(NamedTuple):
             raise _scipy_missing(name) from error
         except Exception as error:  # a damaged file can raise anything
             reason = " ".join(str(error).split())
+            problem = (
+                f"{name} is not in {data_dir} and could not be downloaded ({reason}): put {path.name} there, name "
+                "the right folder with --data_dir, or try --dataset digits, which needs no download"
+            )
             if was_there:
                 problem = f"{path} is damaged or not complete ({reason}): delete it to have {name} downloaded again"
-            else:
-                problem = (
-                    f"{name} is not in {data_dir} and could not be downloaded ({reason}): put {path.name} there, name "
-                    "the right folder with --data_dir, or try --dataset digits, which needs no download"
-                )
             raise UserError(problem) from error
 
     def _arrays(self, data_dir: Path, split: str) -> tuple[Split, list[str]]:
@@ -103,7 +102,7 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
     with first_on_each_machine():
         for split in ("train", "val"):
             _unpack(root, split)
-    return streamed("imagenet", classified_files(root, ("train", "val")), image_size)
+    return streamed(data_set("imagenet", classified_files(root, ("train", "val"))), image_size)
 
 
 def _unpack(root: Path, split: str) -> None:
@@ -131,12 +130,11 @@ def _check_unpacked(folder: Path, archive: Path) -> None:
     """
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
     if loose := [path for path in files if is_image(path)]:
+        source = "ILSVRC2012_validation_ground_truth.txt of the devkit has their classes"
+        source = "their names begin with it" if folder.name == "train" else source
+        advice = f"move each into the folder of its class, {folder.name}/<wnid>; {source}"
         if archive.exists():
             advice = f"rename {folder} and run again, which unpacks {archive.name} again"
-        else:
-            source = "ILSVRC2012_validation_ground_truth.txt of the devkit has their classes"
-            source = "their names begin with it" if folder.name == "train" else source
-            advice = f"move each into the folder of its class, {folder.name}/<wnid>; {source}"
         raise UserError(f"{folder} has {len(loose):,} images in no class folder, such as {loose[0]}: {advice}")
     for path in map(Path, files):
         if path.suffix == ".tar" and not _is_unpacked(path):
