@@ -5,21 +5,18 @@ Small images stay in memory, on the training device, as one uint8 tensor; others
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.folder import folder
-from data.loader import AugmentedBatches, Batches
+from data.loader import AugmentedBatches, Batches, Normalization
 from data.sources import DataSet, digits, stratified_split
 from data.torchvision_sets import TORCHVISION_SETS, imagenet
 from utils.distributed import share, world_size
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    from data.streaming import StreamedBatches
 
 DOWNLOADS = Path(__file__).with_name("downloads")
 NAMES = ("digits", *TORCHVISION_SETS, "imagenet", "folder")
@@ -102,9 +99,11 @@ def sample(dataset: DataSet, device: torch.device, workers: int, count: int = 51
 
 
 class Loaders(NamedTuple):
-    train: "AugmentedBatches | StreamedBatches"
-    val: "Batches | StreamedBatches"
-    test: "Batches | StreamedBatches"
+    """Batches of the splits; of images that stream, they are `data.streaming.StreamedBatches`."""
+
+    train: AugmentedBatches
+    val: Batches
+    test: Batches
 
 
 def make_loaders(
@@ -120,15 +119,18 @@ def make_loaders(
         raise UserError(f"{world_size()} processes need batches of at least {smallest} training images, 2 for each")
     if min(len(dataset.val), len(dataset.test)) < world_size():
         raise UserError(f"{world_size()} processes need as many validation and test images: start fewer")
+    val, test = (split[share(len(split))] for split in (dataset.val, dataset.test))
     if dataset.image_size:
-        from data.streaming import stream  # imports torchvision, which takes a second
+        from data.crops import EvaluationCrop, TrainingCrop  # import torchvision, which takes a second
+        from data.streaming import StreamedBatches
 
-        return Loaders(*stream(dataset, train_batch_size, eval_batch_size, seed, device, workers))
-    statistics = (dataset.mean, dataset.std, device)
-    train = AugmentedBatches(
-        dataset.train, train_batch_size, *statistics, padding=dataset.padding, flip=dataset.flip, seed=seed
-    )
-    val, test = (
-        Batches(split[share(len(split))], eval_batch_size, *statistics) for split in (dataset.val, dataset.test)
-    )
+        common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
+        train = StreamedBatches(dataset.train, train_batch_size, TrainingCrop(dataset.image_size), *common, seed)
+        center = EvaluationCrop(dataset.preprocessing)
+        val, test = (StreamedBatches(split, eval_batch_size, center, *common) for split in (val, test))
+    else:
+        common = (dataset.mean, dataset.std, device)
+        augmentation = {"padding": dataset.padding, "flip": dataset.flip, "seed": seed}
+        train = AugmentedBatches(dataset.train, train_batch_size, *common, **augmentation)
+        val, test = (Batches(split, eval_batch_size, *common) for split in (val, test))
     return Loaders(train, val, test)

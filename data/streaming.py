@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.crops import EvaluationCrop, TrainingCrop
 from data.images import DamagedImage, SkippedImages
 from data.loader import Normalization, epoch_seed, without_a_small_last
-from data.sources import DataSet, Split
+from data.sources import Split
 from utils import distributed
 from utils.distributed import share
 from utils.errors import UserError
@@ -25,37 +24,30 @@ from utils.errors import UserError
 Crop = Callable[[bytes, int], Tensor]  # path, seed -> (3, S, S) uint8
 
 
-class InOrder:
-    """A batch sampler in fixed order. An image is requested as (index, seed); the seed is not used here."""
+class Order:
+    """A batch sampler that requests each image as (index, seed), in order or, with a seed, shuffled.
 
-    def __init__(self, count: int, batch_size: int):
-        self.num_images, self.batch_size = count, batch_size
-        self.start = 0  # the batch to begin with
+    A shuffled order and its seeds depend only on (seed, epoch), and each process gets its share of every batch. The
+    seeds are sent with the indices because worker processes do not see attributes that change after they start.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None = None):
+        self.num_images = count if seed is None else without_a_small_last(count, batch_size)
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch = self.start = 0  # the batch to begin with
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for indices in torch.arange(self.num_images).split(self.batch_size)[self.start :]:
-            yield [(index, 0) for index in indices.tolist()]
-
-
-class Shuffled(InOrder):
-    """A batch sampler whose order and seeds for the images depend only on (seed, epoch).
-
-    The seeds are sent with the indices because worker processes do not see attributes that change after they start.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int):
-        super().__init__(without_a_small_last(count, batch_size), batch_size)
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        order = torch.randperm(self.count, generator=generator)[: self.num_images]
-        seeds = torch.randint(2**32, (self.count,), generator=generator)  # more bits than 32 would be ignored
+        order = seeds = torch.arange(self.count)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+            order = torch.randperm(self.count, generator=generator)[: self.num_images]
+            seeds = torch.randint(2**32, (self.count,), generator=generator)  # more bits than 32 would be ignored
         for indices in order.split(self.batch_size)[self.start :]:
-            yield list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))[share(len(indices))]
+            requests = list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))
+            yield requests if self.seed is None else requests[share(len(requests))]
 
 
 class ImageFiles(Dataset):
@@ -87,11 +79,10 @@ class StreamedBatches:
     all processes of a run iterate in step; in evaluation, each iterates over its own images.
 
     Args:
-        order: the batch sampler.
         crop: reads an image file.
         workers: processes that read images; with 0, this process does. Workers for training persist between epochs.
         skipped: collects the images that cannot be read.
-        training: leave out batches with fewer than two images in a process, which BatchNorm needs.
+        seed: of the order in training, which leaves out batches with fewer than two images in a process.
 
     Attributes:
         position: batches of the epoch so far, including those that were left out or are before the start.
@@ -100,22 +91,23 @@ class StreamedBatches:
     def __init__(
         self,
         split: Split,
-        order: InOrder,
+        batch_size: int,
         crop: Crop,
         normalize: Normalization,
         workers: int,
         skipped: SkippedImages,
-        training: bool = False,
+        seed: int | None = None,
     ):
-        self.order, self.normalize, self.skipped, self.training = order, normalize, skipped, training
-        self.batch_size, self.num_images = order.batch_size, order.num_images  # including damaged ones
+        self.normalize, self.skipped, self.training = normalize, skipped, seed is not None
+        self.order = Order(len(split), batch_size, seed)
+        self.num_images = self.order.num_images  # including damaged ones
         self.loader = DataLoader(
             ImageFiles(split, crop),
-            sampler=order,
+            sampler=self.order,
             batch_size=None,  # ImageFiles makes the batches
             num_workers=workers,
             pin_memory=normalize.device.type == "cuda",
-            persistent_workers=training and workers > 0,
+            persistent_workers=self.training and workers > 0,
             generator=torch.Generator(),  # for the seeds of workers; the global one belongs to the networks
         )
 
@@ -162,19 +154,6 @@ class StreamedBatches:
         finally:
             if not self.loader.persistent_workers:
                 _end_workers(iterator)
-
-
-def stream(
-    dataset: DataSet, train_batch_size: int, eval_batch_size: int, seed: int, device: torch.device, workers: int
-) -> tuple[StreamedBatches, StreamedBatches, StreamedBatches]:
-    """Training, validation and test batches."""
-    common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
-    order = Shuffled(len(dataset.train), train_batch_size, seed)
-    train = StreamedBatches(dataset.train, order, TrainingCrop(dataset.image_size), *common, training=True)
-    center = EvaluationCrop(dataset.preprocessing)
-    shares = (split[share(len(split))] for split in (dataset.val, dataset.test))
-    val, test = (StreamedBatches(split, InOrder(len(split), eval_batch_size), center, *common) for split in shares)
-    return train, val, test
 
 
 _iterators = weakref.WeakSet()  # iterators of DataLoaders

@@ -19,7 +19,7 @@ from torch import nn
 import data
 import model
 from data import make_loaders
-from data.streaming import Shuffled
+from data.streaming import Order
 from model.online import OnlineTeacher, Students
 from tests.helpers import ROOT, make_tree, report_of, succeed
 from tests.processes import in_processes
@@ -169,7 +169,7 @@ def test_damaged_images_stop_no_run_that_one_process_finishes(tmp_path):
     """The second process has no test image, and of one batch for training too few."""
     make_tree(tmp_path / "set", count=20, size=(10, 8))
     paths = data.load("folder", tmp_path / "set", 0, image_size=8)
-    order = Shuffled(len(paths.train), 8, 0)
+    order = Order(len(paths.train), 8, 0)
     order.epoch = 1
     chosen = [index for index, _ in list(order)[2]]
     damaged = {os.fsdecode(path) for path in [*paths.train.images[chosen[1:6:2]], *paths.test.images[1::2]]}

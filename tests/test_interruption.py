@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import data
-from data.streaming import Shuffled
+from data.streaming import Order
 from tests.helpers import BUDGET, ROOT, assert_same_run, content_of, fail, make_tree, succeed
 from utils.errors import UserError
 from utils.files import FRESH, Lock
@@ -212,7 +212,7 @@ def test_interrupted_streaming_run_and_its_workers_end_quietly_and_can_be_resume
     make_tree(tmp_path / "set", count=50, size=(40, 40))
     flags = ("--dataset", "folder", "--data_dir", tmp_path / "set", "--image_size", 32, "--val_size", 0.1, "--pretrain")
     flags += ("--teacher_model", "resnet_20", "--train_batch_size", 2, "--num_epochs", 1, "--workers", 2)
-    order = Shuffled(90, 2, seed=0)
+    order = Order(90, 2, seed=0)
     order.epoch = 1
     train = data.load("folder", tmp_path / "set", 0.1, image_size=32).train
     for index, _ in list(order)[9]:

@@ -20,7 +20,7 @@ from data.folder import folder
 from data.images import SkippedImages
 from data.loader import Normalization
 from data.sources import Preprocessing, Split
-from data.streaming import InOrder, Shuffled, StreamedBatches
+from data.streaming import StreamedBatches
 from model.online import Students
 from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed
 from tests.test_images import bomb
@@ -127,10 +127,11 @@ def test_validation_split_of_files(tmp_path):
 def streamed(paths, training=True, batch_size=4, workers=0, seed=0, total=10_000):
     """Batches of these files, in which image i is of class i."""
     split = Split(np.array([str(path).encode() for path in paths]), np.arange(len(paths)))
-    order = Shuffled(len(paths), batch_size, seed) if training else InOrder(len(paths), batch_size)
     crop = TrainingCrop(SIZE) if training else EvaluationCrop(Preprocessing((37, 37), (SIZE, SIZE)))
     normalize = Normalization((0, 0, 0), (1 / 255,) * 3, CPU)
-    return StreamedBatches(split, order, crop, normalize, workers, SkippedImages(total), training)
+    return StreamedBatches(
+        split, batch_size, crop, normalize, workers, SkippedImages(total), seed if training else None
+    )
 
 
 def epoch_of(batches, epoch=1):
