@@ -37,20 +37,23 @@ instead of 0.2470 …), and the images are in another order, so that the validat
 
 
 class Mean(NamedTuple):
-    """Mean and standard error of n values; the error is NaN for n = 1."""
+    """Mean and standard error of values; the error of a single one is NaN."""
 
     mean: float
     error: float
-    n: int
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Mean":
-        values = list(values)
+    def of(cls, value: Callable[[Record], float], records: Iterable[Record]) -> "Mean":
+        values = [value(record) for record in records]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(statistics.fmean(values), error, len(values))
+        return cls(statistics.fmean(values), error)
 
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if math.isnan(self.error) else f" ± {self.error:.2f}")
+    def __sub__(self, other: "Mean") -> "Mean":
+        """The difference, with the sum of the two errors."""
+        return Mean(self.mean - other.mean, self.error + other.error)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}}" + ("" if math.isnan(self.error) else f" ± {self.error:.2f}")
 
 
 def exported(record: Record) -> float:
@@ -154,7 +157,7 @@ def _columns(records: list[Record]) -> dict[str, str]:
 
 
 def _mean(value: Callable[[Record], float], records: list[Record]) -> str:
-    return str(Mean.of(map(value, records)))
+    return f"{Mean.of(value, records):.2f}"
 
 
 def _comparisons(table: Table, groups: Groups) -> list[str]:
@@ -164,14 +167,9 @@ def _comparisons(table: Table, groups: Groups) -> list[str]:
     for ours, theirs in ((ours, theirs) for ours, others in COMPARED.items() for theirs in others.split()):
         pair = [trained(groups.get(variant, [])) for variant in (ours, theirs)]
         if all(pair):
-            cells = [difference(*(Mean.of(map(value, group)) for group in pair)) for value in (exported, mean_student)]
-            lines.append([f"{titles[ours]}, minus {titles[theirs]}", *cells])
+            gains = [Mean.of(value, pair[0]) - Mean.of(value, pair[1]) for value in (exported, mean_student)]
+            lines.append([f"{titles[ours]}, minus {titles[theirs]}", *(f"{gain:+.2f}" for gain in gains)])
     return markdown([["difference, points", "exported", "mean"], *lines]) if lines else []
-
-
-def difference(ours: Mean, theirs: Mean) -> str:
-    errors = ours.error + theirs.error
-    return f"{ours.mean - theirs.mean:+.2f}" + ("" if math.isnan(errors) else f" ± {errors:.2f}")
 
 
 def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
@@ -180,9 +178,9 @@ def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
     for i, row in enumerate(table.rows):
         if done := trained(groups[row.variant]):
             marker, online = "*" if done[0]["conv"] is None else "o", done[0]["online_teacher"] or {}
-            points.append((done[0]["params"], Mean.of(map(exported, done)), marker, f"C{i % 10}", row.title))
+            points.append((done[0]["params"], Mean.of(exported, done), marker, f"C{i % 10}", row.title))
             if "params" in online:
-                accuracy, label = Mean.of(map(online_teacher, done)), f"{row.title}: online teacher"
+                accuracy, label = Mean.of(online_teacher, done), f"{row.title}: online teacher"
                 points.append((online["params"], accuracy, "D", f"C{i % 10}", label))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,18 +79,15 @@ class Run(NamedTuple):
 def grid(study: str, only: str = "*") -> Iterator[Run]:
     """The runs of a study whose names match the pattern `only`, in training order."""
     for table in STUDIES[study].tables:
-        for seed in range(max(row.seeds or STUDIES[study].seeds for row in table.rows)):
-            for row in table.rows:
-                run = Run(study, table, row, seed)
-                if seed < (row.seeds or STUDIES[study].seeds) and fnmatch(run.name, only):
-                    yield run
+        runs = [Run(study, table, row, seed) for row in table.rows for seed in range(row.seeds or STUDIES[study].seeds)]
+        yield from (run for run in sorted(runs, key=lambda run: run.seed) if fnmatch(run.name, only))
 
 
 class Runner:
     """Trains the runs of a study, several at a time, in folders of `out`, and records their results."""
 
     def __init__(self, out: Path, data_dir: Path | None, jobs: int | None):
-        self.out, self.data_dir = out, data_dir
+        self.out, self.data_dir = out.resolve(), data_dir
         gpus, cpus = torch.cuda.device_count(), cores()
         self.jobs = jobs or gpus or cpus
         threads = {"OMP_NUM_THREADS": str(max(1, cpus // self.jobs))}
@@ -109,8 +107,8 @@ class Runner:
             raise UserError(f"the study {study} has no run '{only}': its runs have names like {next(grid(study)).name}")
         done = {record["run"] for record in read_records(self.out, study)}
         self.waiting = [run for run in runs if run.name not in done]
-        teachers = dict.fromkeys(run.teacher for run in self.waiting if run.teacher)
-        self.waiting = [run for run in teachers if run not in self.waiting and not self.is_done(run)] + self.waiting
+        missing = [run.teacher for run in self.waiting if run.teacher and not self.exported(run.teacher).exists()]
+        self.waiting = [*dict.fromkeys(run for run in missing if run not in self.waiting), *self.waiting]
         for run in self.waiting:
             self.check_folder(run)
         print(f"{study}: {len(done)} runs are recorded, {len(self.waiting)} to do, {self.jobs} at a time", flush=True)
@@ -141,7 +139,7 @@ class Runner:
 
     def next_run(self) -> Run | None:
         """The first waiting run that needs no teacher, or a trained one."""
-        return next((run for run in self.waiting if not run.teacher or self.is_done(run.teacher)), None)
+        return next((run for run in self.waiting if not run.teacher or self.exported(run.teacher).exists()), None)
 
     def start(self, run: Run) -> None:
         self.waiting.remove(run)
@@ -181,17 +179,14 @@ class Runner:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def job_dir(self, run: Run) -> Path:
-        return self.out.resolve() / "study" / run.study / run.name
+        return self.out / "study" / run.study / run.name
 
     def log(self, run: Run) -> Path:
         return self.job_dir(run).with_suffix(".log")
 
     def exported(self, run: Run) -> Path:
         """Where the network is kept that a run of seed 0 exported."""
-        return networks_folder(self.out.resolve(), run.study) / f"{run.name}.pt"
-
-    def is_done(self, teacher: Run) -> bool:
-        return self.exported(teacher).exists()
+        return networks_folder(self.out, run.study) / f"{run.name}.pt"
 
     def keep(self, run: Run) -> bool:
         """Append the record, keep the exported network of seed 0, and write RESULTS.md. False if the run failed."""
@@ -224,16 +219,15 @@ class Runner:
             last = self.log(run).read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
             finite = not last.startswith(f"error: {DIVERGED}")
             return None if finite else kept | {"diverged": last.split(": ")[1]}
-        networks = report["networks"]
+        networks, environment = report["networks"], report["environment"]
         (chosen,) = (row for row in networks if row["exported"])
-        (standard,) = (row for row in networks if row["role"] == "standard")
-        online = [row for row in networks if row["role"] == "online_teacher"]
-        environment = report["environment"]
+        by_role = {row["role"]: row for row in networks}
+        online = by_role.get("online_teacher")
         return kept | {
             **_values(chosen, ACCURACIES),
             "students": [_values(row, ACCURACIES) for row in networks if row["role"] == "student"],
-            "online_teacher": _values(online[0], ACCURACIES + COSTS) if online else None,
-            "teacher": _values(standard, ACCURACIES) if config["teacher_dir"] else None,
+            "online_teacher": _values(online, ACCURACIES + COSTS) if online else None,
+            "teacher": _values(by_role["standard"], ACCURACIES) if config["teacher_dir"] else None,
             "disagreement": report["disagreement"],
             **_values(chosen, COSTS),
             "data": report["data"],
@@ -279,10 +273,8 @@ def _values(row: dict[str, Any], keys: Sequence[str]) -> dict[str, float]:
 def _commit() -> str | None:
     """The commit that is checked out, None outside of a git repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def main(args: argparse.Namespace) -> None:
