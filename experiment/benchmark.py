@@ -25,8 +25,9 @@ import ctypes
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,10 +149,8 @@ def main() -> None:
         from experiment import loading
 
         print(f"{describe(torch.device('cpu'))}; torch {torch.__version__}; medians of 3 passes over 300 photographs\n")
-        print_row("", "pipeline", "CPU, us/image", "ours / it")
-        print_row("---", "---", "--:", "--:")
-        for row in loading.compare(args.streaming, images=300, rounds=3):
-            print_row(*row)
+        rows = loading.compare(args.streaming, images=300, rounds=3)
+        print_table(("", "pipeline", "CPU, us/image", "ours / it"), rows, left=2)
         return
     device = pick_device(args.device)
     steps = args.steps or (5 if device.type == "cpu" else 20)
@@ -161,34 +160,26 @@ def main() -> None:
     rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {name}" for name, rate in machine.operations.items())
     print(f"{describe(device)}; torch {torch.__version__}; medians of {steps} steps, in turn")
     print(f"a large matrix product: {rates}; a large copy: {machine.bytes / 1e9:,.1f} GB/s\n")
-    print_row("conv", "variant", "images/s", "ratio", "with data", "evaluation", "memory", "arithmetic", "traffic")
-    print_row("---", "---", *["--:"] * 7)
-    for conv in args.convs:
-        setting = Setting(conv)
-        variants = [Baseline(setting, device), *(Ours(setting, device, p, args.compile) for p in precisions)]
-        for row in compare(setting, variants, steps, device, machine):
-            print_row(*row)
+    titles = ("conv", "variant", "images/s", "ratio", "with data", "evaluation", "memory", "arithmetic", "traffic")
+    rows = (row for conv in args.convs for row in compare(Setting(conv), args.compile, steps, device, machine))
+    print_table(titles, rows, left=2)
     if args.scale:
-        print()
-        print_row("students", "batch", "images/s", "students x images/s")
-        print_row(*["--:"] * 4)
         settings = [Setting("depthwise", num_students=n) for n in (1, 2, 4, 8)]
         settings += [Setting("depthwise", batch_size=b) for b in (64, 128, 256, 512, 1024)]
-        for setting in settings:
-            (seconds,) = step_seconds([Ours(setting, device, precisions[-1], args.compile)], setting, steps, device)
-            rate = setting.batch_size / seconds
-            students = setting.num_students
-            print_row(str(students), str(setting.batch_size), f"{rate:,.1f}", f"{rate * students:,.1f}")
+        rows = (scale(setting, precisions[-1], args.compile, steps, device) for setting in settings)
+        print()
+        print_table(("students", "batch", "images/s", "students x images/s"), rows)
 
 
-def print_row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0) -> None:
+    """Print a Markdown table, each row once it is measured; the first `left` columns are aligned left."""
+    for row in chain((titles, ["---"] * left + ["--:"] * (len(titles) - left)), rows):
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
-def compare(
-    setting: Setting, variants: list[Baseline | Ours], steps: int, device: torch.device, machine: Machine
-) -> Iterator[list[str]]:
-    """A row of the table for each variant; the first one is the baseline."""
+def compare(setting: Setting, compile: str, steps: int, device: torch.device, machine: Machine) -> Iterator[list[str]]:
+    """A row of the table for the baseline, and one for each precision."""
+    variants = [Baseline(setting, device), *(Ours(setting, device, name, compile) for name in machine.operations)]
     batch, (operations, elements) = noise(setting.batch_size, device), work(setting)
     times = step_seconds(variants, setting, steps, device)
     for variant, seconds in zip(variants, times, strict=True):
@@ -205,6 +196,13 @@ def compare(
             f"{operations / machine.operations[variant.precision] / seconds:.0%}",
             f"{traffic / machine.bytes / seconds:.0%}",
         ]
+
+
+def scale(setting: Setting, precision: str, compile: str, steps: int, device: torch.device) -> list[str]:
+    """A row of the table by number of students and batch size."""
+    (seconds,) = step_seconds([Ours(setting, device, precision, compile)], setting, steps, device)
+    rate, students = setting.batch_size / seconds, setting.num_students
+    return [str(students), str(setting.batch_size), f"{rate:,.1f}", f"{rate * students:,.1f}"]
 
 
 def step_seconds(variants: list[Baseline | Ours], setting: Setting, steps: int, device: torch.device) -> list[float]:
