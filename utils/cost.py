@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,20 +88,21 @@ def time_in_turn(
         rounds: timed passes of each call; when `limit` seconds are over, 5 are enough.
         warm_up: passes of each call before the timed ones.
     """
-    synchronize = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
-    times = [[] for _ in calls]
-    deadline = math.inf
-    for i in range(warm_up + rounds if calls else 0):
-        if i == warm_up:
-            deadline = time.perf_counter() + limit
-        if i >= warm_up + 5 and time.perf_counter() >= deadline:
-            break
-        for call, taken in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            synchronize()
-            taken.append(time.perf_counter() - started)
-    return [taken[warm_up:] for taken in times]
+
+    def seconds(call: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - started
+
+    for _ in range(warm_up):
+        for call in calls:
+            seconds(call)
+    passes, deadline = [], time.perf_counter() + limit
+    while len(passes) < rounds and (len(passes) < 5 or time.perf_counter() < deadline):
+        passes.append([seconds(call) for call in calls])
+    return list(map(list, zip(*passes, strict=True)))
 
 
 @dataclass
@@ -164,17 +166,12 @@ class Candidates:
         Raises:
             UserError: one is too many.
         """
-        low, high = 0, len(self.names)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.top1(middle) >= self.top1(0) - points:
-                low = middle
-            else:
-                high = middle - 1
-        if low == 0:
+        allowed, numbers = self.top1(0) - points, range(len(self.names), 0, -1)
+        too_many = bisect_left(numbers, True, key=lambda number: self.top1(number) >= allowed)
+        if too_many == len(numbers):
             least = self.top1(0) - self.top1(1)
             raise UserError(f"--max_drop {points:g} is too small: one cheap convolution costs {least:.2f} points")
-        return low
+        return numbers[too_many]
 
     def curve(self, chosen: int) -> list[list[float]]:
         """Number of cheap convolutions, share of the MACs and top-1 of some students, by number.
