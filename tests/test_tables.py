@@ -137,7 +137,7 @@ def test_a_name_cannot_break_a_table():
 
 def test_top_5_has_columns_where_it_is_known():
     row = Row("a", "standard", Cost(1, 1), Accuracy(50.0), Accuracy(51.0))
-    assert "top-5" not in tables.plain(tables.overview([row], "validation", "test"))
+    assert "top-5" not in tables.plain(tables.overview([row], "val", "test"))
     row.val, row.test = Accuracy(50.0, 80.0), Accuracy(51.0, 81.0)
-    line = tables.markdown(tables.overview([row], "validation", "test"))[-1]
+    line = tables.markdown(tables.overview([row], "val", "test"))[-1]
     assert line.startswith("| a | 50.00 | 80.00 | 51.00 | 81.00 |")

@@ -6,13 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from data.sources import DataSet
 from model.online import Ensemble
 from utils import checkpoint, export, options, tables
 from utils.checkpoint import EnsembleMeta, Meta
@@ -22,7 +20,7 @@ from utils.engine import Trainer
 from utils.files import atomic_write, to_plain
 from utils.job import read_metrics
 from utils.setup import Run
-from utils.tables import BATCHES, MARK, ONNX, PYTORCH, UNSTEADY, ClassAccuracy, Row
+from utils.tables import BATCHES, MARK, ONNX, PYTORCH, SPLITS, UNSTEADY, ClassAccuracy, Row
 
 MOST_CONFUSED = 100  # classes up to which report.json holds the confusion matrix
 
@@ -75,16 +73,16 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     environment = trainer.environment | {"device": describe(run.device), "command": command}
     if deployment.onnx:
         environment["onnxruntime"] = export.runtime_version()
-    notes = _notes(run, trainer, rows, deployment, environment, meta.start)
-    overview, measured = tables.overview(rows, "validation", "test"), tables.measurements(rows)
+    notes = _notes(run, trainer, rows, deployment, meta.start)
+    overview, measured = tables.overview(rows, "val", "test"), tables.measurements(rows)
     parts = [[f"# {job.export.name}"], [sentence] if sentence else []]
     parts += map(tables.markdown, (overview, measured, tables.classes(classes)))
     if meta.budget:
         parts.append(tables.markdown(tables.budget(meta.budget)))
         parts.append([f"![accuracy before training over MACs]({job.budget.name})"])
-    parts += [[f"- {note}" for note in notes]]
-    parts += [["To train it again, give another `--job_dir` or add `--reset`:", "", "```sh", command, "```"]]
-    parts += [[f"The other flags had these values: `{defaults}`"]]
+    parts.append([f"- {note}" for note in notes])
+    parts.append(["To train it again, give another `--job_dir` or add `--reset`:", "", "```sh", command, "```"])
+    parts.append([f"The other flags had these values: `{defaults}`"])
     with atomic_write(job.report, "w") as file:
         file.write("\n".join(line for part in parts if part for line in (*part, "")))
     content = {
@@ -153,16 +151,12 @@ def by_class(counts: np.ndarray, classes: Sequence[str]) -> list[ClassAccuracy]:
     return [ClassAccuracy(name, total, 100 * hits / total if total else None) for name, total, hits in entries]
 
 
-def _notes(
-    run: Run,
-    trainer: Trainer,
-    rows: Sequence[Row],
-    deployment: export.Deployment,
-    environment: dict[str, Any],
-    start: str,
-) -> list[str]:
+def _notes(run: Run, trainer: Trainer, rows: Sequence[Row], deployment: export.Deployment, start: str) -> list[str]:
     """Notes on how the numbers were measured, and on numbers that are not reliable."""
-    dataset = run.dataset
+    dataset, environment = run.dataset, trainer.environment
+    chosen = f"on {len(dataset.val):,} validation images; the test set was evaluated once, after training"
+    if dataset.val is dataset.test:
+        chosen = "on the TEST set (--val_size 0), as the released code did: the test accuracy of the best is optimistic"
     notes = [
         str(dataset),
         *deployment.doubts(),
@@ -171,22 +165,21 @@ def _notes(
         *unsteady(rows),
         *deployment.notes(),
         f"{'Students' if len(trainer.learner.students) > 1 else 'The network'} started {start}.",
-        f"Chosen at epoch {trainer.best.epoch}, {_selection(dataset)}.",
+        f"Chosen at epoch {trainer.best.epoch}, {chosen}.",
         "Accuracies and latencies are of float32 networks; latency is the median of repeated passes on "
-        f"{environment['device']}, torch {environment['torch']}.",
+        f"{describe(run.device)}, torch {environment['torch']}.",
         f"Computed with {environment['execution']}, trained in {environment['precision']}.",
     ]
     if deployment.onnx:
-        version, threads = environment["onnxruntime"], torch.get_num_threads()
+        version, threads = export.runtime_version(), torch.get_num_threads()
         notes.append(f"ONNX Runtime {version} is timed on the CPU, in {threads} threads.")
     return notes
 
 
 def not_finite(rows: Sequence[Row]) -> list[str]:
     """A note for each network with non-finite logits."""
-    splits = {"val": "validation", "test": "test"}
     return [
-        f"The logits of {row.name} are not finite on some {splits[split]} images, so it has no accuracy."
+        f"The logits of {row.name} are not finite on some {SPLITS[split]} images, so it has no accuracy."
         for row in rows
         for split in row.not_finite
     ]
@@ -201,9 +194,3 @@ def unsteady(rows: Sequence[Row]) -> list[str]:
         f"Latencies marked {MARK} vary by more than {UNSTEADY:.0%} of their median between passes, the worst by "
         f"{spread:.0%}: the machine was busy, or its clock changed; measure them again before relying on them."
     ]
-
-
-def _selection(dataset: DataSet) -> str:
-    if dataset.val is dataset.test:
-        return "on the TEST set (--val_size 0), as the released code did: the test accuracy of the best is optimistic"
-    return f"on {len(dataset.val):,} validation images; the test set was evaluated once, after training"

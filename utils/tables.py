@@ -18,6 +18,7 @@ from utils.job import Job
 from utils.metrics import Accuracy, Best
 
 ONLINE_TEACHER = "online teacher"
+SPLITS = {"val": "validation", "test": "test"}
 BATCHES = (1, 256)  # batch sizes for latencies
 PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
 PREFIXES = {PYTORCH: "", ONNX: "onnx_"}  # of latencies in report.json
@@ -52,7 +53,7 @@ class Row:
     onnx_bytes: int | None = None
 
     def __post_init__(self):
-        self.not_finite = [split for split in ("val", "test") if (found := getattr(self, split)) and isnan(found.top1)]
+        self.not_finite = [split for split in SPLITS if (found := getattr(self, split)) and isnan(found.top1)]
         for split in self.not_finite:
             setattr(self, split, None)
 
@@ -63,7 +64,8 @@ class Row:
     def accuracies(self) -> dict[str, float | None]:
         """ "val" and "test", top-1 in %, and "val_top5" and "test_top5" with more than ten classes."""
         values = {}
-        for split, found in (("val", self.val), ("test", self.test)):
+        for split in SPLITS:
+            found = getattr(self, split)
             values[split] = found.top1 if found else None
             if found and found.top5 is not None:
                 values[f"{split}_top5"] = found.top5
@@ -78,7 +80,7 @@ def read_row(summary: dict[str, Any]) -> Row:
     """A row from its `Row.summary`. Those of older files have no role; it follows from the name."""
     name = summary["name"]
     role = "online_teacher" if name == ONLINE_TEACHER else "standard" if name.endswith(", standard") else "student"
-    found = [(summary.get(split), summary.get(f"{split}_top5")) for split in ("val", "test")]
+    found = [(summary.get(split), summary.get(f"{split}_top5")) for split in SPLITS]
     accuracies = [None if top1 is None else Accuracy(top1, top5) for top1, top5 in found]
     return Row(name, summary.get("role", role), Cost(summary["params"], summary["macs"]), *accuracies)
 
@@ -124,11 +126,12 @@ MACS = Quantity(
     "macs", "MACs", lambda row: row.cost.macs, lambda row: f"{row.cost.macs / 1e6:.2f} M", ("fewer", "more", "as many")
 )
 LATENCIES = {runtime: [_latency(runtime, batch) for batch in BATCHES] for runtime in PREFIXES}
-FILES = [
+MEASURED = [
+    *LATENCIES[PYTORCH],
+    *LATENCIES[ONNX],
     Quantity("file_bytes", ".pt file", lambda row: row.file_bytes, lambda row: f"{row.file_bytes:,} bytes"),
     Quantity("onnx_bytes", ".onnx file", lambda row: row.onnx_bytes, lambda row: f"{row.onnx_bytes:,} bytes"),
 ]
-MEASURED = [*LATENCIES[PYTORCH], *LATENCIES[ONNX], *FILES]
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -146,14 +149,13 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def overview(rows: Sequence[Row], *splits: str) -> Cells:
-    """Accuracy on the splits ("validation", "test") and costs of each network."""
-    found = {"validation": [row.val for row in rows], "test": [row.test for row in rows]}
-    top5 = any(accuracy and accuracy.top5 is not None for accuracy in found["test"])
+    """Accuracy on the splits ("val", "test") and costs of each network."""
     columns = [["network", *(row.name for row in rows)]]
     for split in splits:
-        columns.append([f"{split} top-1, %", *(_percent(accuracy and accuracy.top1) for accuracy in found[split])])
-        if top5:
-            columns.append(["top-5, %", *(_percent(accuracy and accuracy.top5) for accuracy in found[split])])
+        found = [getattr(row, split) for row in rows]
+        columns.append([f"{SPLITS[split]} top-1, %", *(_percent(accuracy and accuracy.top1) for accuracy in found)])
+        if any(row.test and row.test.top5 is not None for row in rows):
+            columns.append(["top-5, %", *(_percent(accuracy and accuracy.top5) for accuracy in found)])
     for quantity in (PARAMS, MACS):
         columns.append([quantity.title, *map(quantity.text, rows)])
         columns.append(["", *(quantity.change(rows[0], row) for row in rows)])
@@ -281,11 +283,10 @@ def plot_curves(figure: Any, metrics: Sequence[dict[str, Any]], best: Best, teac
         left.plot(epochs, [terms[name] for terms in losses], label=name, linewidth=width, marker=marker)
     left.set(title="Training loss and its weighted terms", xlabel="epoch", yscale="log")
 
-    students = len(accuracies[0]["students"]) if accuracies else 0
-    for i in range(students):
+    students = list(zip(*(found["students"] for found in accuracies), strict=True))
+    for i, values in enumerate(students):
         style = {"linewidth": 2} if i == best.student else {"alpha": 0.35}
-        label = f"student {i + 1}" if students > 1 else "network"
-        values = [found["students"][i] for found in accuracies]
+        label = f"student {i + 1}" if len(students) > 1 else "network"
         right.plot(epochs, values, label=label, color="tab:blue", marker=marker, **style)
     if accuracies and "online_teacher" in accuracies[0]:
         values = [found["online_teacher"] for found in accuracies]
