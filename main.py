@@ -132,23 +132,23 @@ def print_test(config: Config) -> None:
         UserError: neither is given; a damaged file; flags that contradict it.
     """
     path = config.job_dir / BEST if config.resume in (None, RESUME_LAST) else config.resume
-    if config.resume is None and not path.exists():
-        if not config.teacher_dir:
-            raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
-        run, learner = prepare(with_networks(options.settle_main(config))), None
-    else:
+    found = {}
+    if config.resume or path.exists():
         content = checkpoint.load_checkpoint(path)
         students, meta = checkpoint.all_students(path, content, config.arch)
         config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
         run = prepare(config, trained=(path, meta))
-        learner = run.learner(students)
+        learner = place(run.learner(students), run.device)
         load_weights(learner, content.model, str(path))
-        learner = place(learner, run.device)
-    found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} if run.teacher else {}
-    if learner:
-        several = METHODS[config.method].names(len(learner.students))
+        several = METHODS[config.method].names(len(students))
         names = [config.teacher_model] if config.pretrain else [*several, ONLINE_TEACHER]
-        found |= zip(names, evaluate(learner, run.loaders.test).accuracies(), strict=False)
+        found = dict(zip(names, evaluate(learner, run.loaders.test).accuracies(), strict=False))
+    elif config.teacher_dir:
+        run = prepare(with_networks(options.settle_main(config)))
+    else:
+        raise UserError(f"--test_only finds no checkpoint {path}: give --job_dir, --resume FILE or --teacher_dir")
+    if run.teacher:
+        found = {"pretrained teacher": accuracy(run.teacher, run.loaders.test)} | found
     for name, value in found.items():
         print(f"{name}: {value} on the test set")
 

@@ -23,8 +23,10 @@ BEST = Path("checkpoint") / "model_best.pt"
 RESUME_LAST = Path("last")  # what a bare --resume stands for
 
 
-def _number(kind: type, accepts: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+def _number(kind: type, accepts: Callable[[float], bool], what: str, *words: str) -> Callable[[str], float | str]:
+    def parse(text: str) -> float | str:
+        if text in words:
+            return text
         try:
             value = kind(text)
             if math.isfinite(value) and accepts(value):
@@ -67,11 +69,8 @@ _fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 _size = _number(float, lambda x: x >= 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number")
 _share = _number(float, lambda x: x > 0 and (x < 1 or x == int(x)), "a fraction below 1 or a whole number, above 0")
 _part = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+_pruned_num = _number(int, lambda x: x >= 0, "a whole number, 0 or more, or auto", AUTO)
 _TYPES = {int: _positive_int, float: _weight, Path: _path}  # of flags that state no other one
-
-
-def _pruned_num(text: str) -> int | str:
-    return text if text == AUTO else _number(int, lambda x: x >= 0, "a whole number, 0 or more, or auto")(text)
 
 
 def _by_method(name: str, shown: Callable[[float], str] = "{:g}".format) -> str:

@@ -5,9 +5,6 @@
       + miu T^2 sum_i KL(p_p || p_i)         from the pretrained teacher, one way
 
 with z_i, z_t, z_p the logits of student i, the online teacher and the pretrained teacher, and p = softmax(z / T).
-
-Plain training is this without a teacher; Hinton's distillation (arXiv 1503.02531), with the pretrained teacher alone;
-ONE (arXiv 1806.04606), with a gated ensemble of the students as the online teacher, detached.
 """
 
 import math
