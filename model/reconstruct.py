@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.conv import CheapConv2d
 from model.convert import replaced
-from model.shift import Shift2d, shift_filters
+from model.shift import Shift2d, pad_same, shift_filters
 
 POSITIONS = 10_000  # of each feature map, over all images, drawn at random
 ROUNDS = 10  # of alternating least squares
 STEPS = 20  # of conjugate gradients in each round
+
+Calls = list[tuple[torch.Size, Tensor]]  # of a module: shape of the output, and the output (n, O) at `_positions`
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def reconstruct(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor
     Raises:
         UserError (a ValueError): the teacher has no standard convolution for a cheap one.
     """
-    pairs = dict(replaced(student, teacher))
+    pairs = {conv: cheap for cheap, conv in replaced(student, teacher)}
     if not pairs:
         return
     norms = [module for module in student.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -44,9 +45,8 @@ def reconstruct(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor
     teacher.eval()
     for norm in norms:
         norm.train().momentum = None  # a mean over all batches
-    targets = _outputs(teacher, list(pairs.values()), batches)
-    for cheap in _in_order(student, list(pairs), batches[0]):
-        _fit(cheap, *_samples(student, cheap, pairs[cheap], targets[pairs[cheap]], batches))
+    for conv, targets in _outputs(teacher, list(pairs), batches).items():
+        _fit(pairs[conv], *_samples(student, pairs[conv], conv, targets, batches))
     for norm in norms:
         norm.reset_running_stats()
     for images in batches:
@@ -61,84 +61,65 @@ class _Seen(Exception):
     """Ends a forward pass when its later layers are not needed."""
 
 
-def _watch(network: nn.Module, images: Tensor, hooks: dict[nn.Module, Callable[[Tensor, Tensor], Any]]) -> None:
-    """A forward pass in which `hooks` get the input and output of modules; one that raises _Seen ends it."""
-    handles = [
-        module.register_forward_hook(lambda _, inputs, output, hook=hook: hook(inputs[0], output))
-        for module, hook in hooks.items()
-    ]
+def _watch(network: nn.Module, images: Tensor, modules: Sequence[nn.Module], see: Callable[..., None]) -> None:
+    """A forward pass in which `see` gets each call of these modules, (module, input, output); _Seen in it ends it."""
+    handles = [module.register_forward_hook(lambda module, x, y: see(module, x[0], y)) for module in modules]
     with suppress(_Seen):
         network(images)
     for handle in handles:
         handle.remove()
 
 
-def _in_order(network: nn.Module, modules: Sequence[nn.Module], images: Tensor) -> list[nn.Module]:
-    """The modules in the order of the forward pass."""
-    order = {}
-    _watch(network, images, {module: lambda x, y, module=module: order.setdefault(module) for module in modules})
-    return list(order)
-
-
-def _positions(shape: Sequence[int], count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _positions(y: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Up to `count` random (image, row, column) of a feature map (B, C, H, W), the same for each map of this size."""
-    size = shape[0], *shape[2:]
+    size = y.shape[0], *y.shape[2:]
     chosen = torch.randperm(size[0] * size[1] * size[2], generator=torch.Generator().manual_seed(0))[:count]
-    return torch.unravel_index(chosen.to(device), size)
+    return torch.unravel_index(chosen.to(y.device), size)
 
 
-def _outputs(
-    teacher: nn.Module, convs: Sequence[nn.Module], batches: Sequence[Tensor]
-) -> dict[nn.Module, list[list[tuple[torch.Size, Tensor]]]]:
-    """For each batch and each call of a convolution, the shape of the output, and the output (n, O) at `_positions`."""
-    found = {conv: [[] for _ in batches] for conv in convs}
-
-    def keep(calls: list[tuple[torch.Size, Tensor]], y: Tensor) -> None:
-        image, row, column = _positions(y.shape, POSITIONS // len(batches), y.device)
-        calls.append((y.shape, y[image, :, row, column]))
-
+def _outputs(teacher: nn.Module, convs: Sequence[nn.Module], batches: Sequence[Tensor]) -> dict[nn.Module, list[Calls]]:
+    """The calls of each convolution in each batch, in the order of the forward pass."""
+    found = {}
     for i, images in enumerate(batches):
-        _watch(teacher, images, {conv: lambda _, y, calls=found[conv][i]: keep(calls, y) for conv in convs})
+
+        def keep(conv: nn.Module, _: Tensor, y: Tensor, i: int = i) -> None:
+            image, row, column = _positions(y, POSITIONS // len(batches))
+            found.setdefault(conv, [[] for _ in batches])[i].append((y.shape, y[image, :, row, column]))
+
+        _watch(teacher, images, convs, keep)
     return found
 
 
 def _samples(
-    student: nn.Module,
-    cheap: CheapConv2d,
-    conv: nn.Conv2d,
-    targets: Sequence[list[tuple[torch.Size, Tensor]]],
-    batches: Sequence[Tensor],
+    student: nn.Module, cheap: CheapConv2d, conv: nn.Conv2d, targets: Sequence[Calls], batches: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Patches that the cheap convolution sees, (n, I k k), and the outputs (n, O) that it should have there."""
-    patches, outputs, inputs = [], [], []
+    patches, outputs = [], []
     for images, calls in zip(batches, targets, strict=True):
         left = list(calls)
 
-        def take(_: Tensor, y: Tensor, left: list[tuple[torch.Size, Tensor]] = left) -> None:
+        def take(_: nn.Module, x: Tensor, y: Tensor, left: Calls = left) -> None:
             shape, target = left.pop(0)
-            found = _patches(cheap, inputs.pop(), _positions(y.shape, POSITIONS // len(batches), y.device))
+            found = _patches(cheap, x, _positions(y, POSITIONS // len(batches)))
             patches.append(found)
             outputs.append(target if y.shape == shape else F.linear(found, conv.weight.flatten(1), conv.bias))
             if not left:
                 raise _Seen
 
-        _watch(student, images, {cheap.spatial: lambda x, _: inputs.append(x), cheap: take})
+        _watch(student, images, [cheap], take)
     return torch.cat(patches), torch.cat(outputs)
 
 
 def _patches(cheap: CheapConv2d, x: Tensor, positions: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The patches of x, the input of the spatial stage, for these positions of the output: (n, I k k)."""
+    """The patches of its input x that the cheap convolution sees for these positions of its output: (n, I k k)."""
     spatial, (image, row, column) = cheap.spatial, positions
+    if cheap.pads_same:
+        x = pad_same(x, cheap.kernel_size, cheap.stride, cheap.dilation)
     pad = spatial.pad if isinstance(spatial, Shift2d) else spatial._reversed_padding_repeated_twice
     x = F.pad(x, pad, "constant" if spatial.padding_mode == "zeros" else spatial.padding_mode)
-    rows, columns = (
-        (start * stride)[:, None] + torch.arange(size, device=x.device) * dilation
-        for start, stride, size, dilation in zip(
-            (row, column), cheap.stride, spatial.kernel_size, spatial.dilation, strict=True
-        )
-    )
-    patches = x[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, k, k, I)
-    return patches.permute(0, 3, 1, 2).flatten(1)
+    for axis, size, stride, dilation in zip((2, 3), cheap.kernel_size, cheap.stride, cheap.dilation, strict=True):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return x[image, :, row, column].flatten(1)
 
 
 def _fit(cheap: CheapConv2d, patches: Tensor, outputs: Tensor) -> None:
