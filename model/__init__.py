@@ -2,8 +2,9 @@
 
 To add an architecture, add a file to this folder with `NETWORKS = {name: builder}`. A builder takes
 `(num_classes, convs)`, where `convs(n)` gives the factories of its n replaceable convolutions in forward order, and
-returns a `Network` (model/conv.py). The file may also define `variant_for`, as below, for networks whose form depends
-on the size of the images. Networks of torchvision, timm and Python files (model/external.py) are named the same way.
+returns a `Network` (model/conv.py) with its modules in this order. The file may also define `variant_for`, as below,
+for networks whose form depends on the size of the images. Networks of torchvision, timm and Python files
+(model/external.py) are named the same way.
 """
 
 import difflib
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from model import external
-from model.conv import CheapConv2d, Conv, ConvPlan, cheap_convs, standard_conv, standard_convs
+from model.conv import cheap_convs, cheap_in, standard_convs
 from model.convert import RULE, checked
 from model.subsample import subsample_first
 from utils.errors import UserError
@@ -103,17 +104,15 @@ def build(
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
     standard = name.removesuffix(SPARSE)
-    cheap = {"groups": groups, "pruned_num": pruned_num if replaced is None else None}
-    if not external.is_external(arch):
-        _check_name(name, names(), "network")
-        plan = partial(cheap_convs, kind=conv, **cheap) if is_sparse(name) else standard_convs
-        if replaced is not None:
-            plan = partial(_chosen_convs, plan, _numbers(standard, replaced, kwargs))
-        network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
-    elif is_sparse(name):
-        network = external.student(arch, standard, num_classes, conv, **cheap, rule=rule, names=replaced, **kwargs)
+    cheap = {"kind": conv, "groups": groups, "pruned_num": pruned_num}
+    if external.is_external(arch):
+        cheap = cheap | {"rule": rule, "names": replaced} if is_sparse(name) else None
+        network = external.build(arch, standard, num_classes, cheap, **kwargs)
     else:
-        network = external.standard(arch, name, num_classes, **kwargs)
+        _check_name(name, names(), "network")
+        chosen = None if replaced is None else _numbers(standard, replaced, kwargs)
+        plan = partial(cheap_convs, **cheap, chosen=chosen) if is_sparse(name) else standard_convs
+        network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
     subsample_first(network)
     # For students that start from its weights, and for its file.
     network.variant = kwargs if replaced is None else kwargs | {"replaced": list(replaced)}
@@ -122,24 +121,10 @@ def build(
 
 def _numbers(name: str, replaced: Sequence[str], kwargs: dict[str, Any]) -> set[int]:
     """The places, in the plan of the network `name`, of the convolutions with these names."""
-    numbers = {}
-
-    def numbered(number: int, *args, **options) -> nn.Module:
-        conv = CheapConv2d(*args, **options)
-        numbers[conv] = number
-        return conv
-
+    plan = partial(cheap_convs, kind="shift", groups=1, pruned_num=None)
     with torch.device("meta"):
-        network = _BUILDERS[name](
-            num_classes=1, convs=lambda count: [partial(numbered, number) for number in range(count)], **kwargs
-        )
-    known = {path: numbers[module] for path, module in network.named_modules() if module in numbers}
-    return {known[path] for path in checked(replaced, known)}
-
-
-def _chosen_convs(plan: ConvPlan, chosen: set[int], count: int) -> list[Conv]:
-    cheap = plan(count)
-    return [cheap[number] if number in chosen else standard_conv for number in range(count)]
+        known = list(cheap_in(_BUILDERS[name](num_classes=1, convs=plan, **kwargs)))
+    return {known.index(path) for path in checked(replaced, known)}
 
 
 def is_sparse(name: str) -> bool:

@@ -4,7 +4,7 @@ A cheap convolution is a k x k *spatial* stage that keeps the channels (and is c
 *pointwise* stage that mixes them. Networks get their convolutions from a plan (`standard_convs` or `cheap_convs`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from operator import attrgetter
 
@@ -185,14 +185,21 @@ def standard_convs(count: int) -> list[Conv]:
     return [standard_conv] * count
 
 
-def cheap_convs(count: int, kind: str, groups: int, pruned_num: int | None) -> list[Conv]:
+def cheap_convs(
+    count: int, kind: str, groups: int, pruned_num: int | None, chosen: Container[int] | None = None
+) -> list[Conv]:
     """The plan of a student: the last `pruned_num` of its `count` replaceable convolutions are cheap (None: all).
+
+    Args:
+        chosen: the numbers of those that are cheap, instead of pruned_num.
 
     Raises:
         UserError (a ValueError): pruned_num outside 0 .. count.
     """
-    pruned_num = number_to_prune(count, pruned_num)
-    return [standard_conv] * (count - pruned_num) + [partial(CheapConv2d, kind=kind, groups=groups)] * pruned_num
+    if chosen is None:
+        chosen = range(count - number_to_prune(count, pruned_num), count)
+    cheap = partial(CheapConv2d, kind=kind, groups=groups)
+    return [cheap if number in chosen else standard_conv for number in range(count)]
 
 
 def number_to_prune(count: int, pruned_num: int | None) -> int:
@@ -202,9 +209,14 @@ def number_to_prune(count: int, pruned_num: int | None) -> int:
     return count if pruned_num is None else pruned_num
 
 
+def cheap_in(network: nn.Module) -> dict[str, CheapConv2d]:
+    """The cheap convolutions of a network by name, in the order of its modules."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, CheapConv2d)}
+
+
 def count_cheap(network: nn.Module) -> int:
     """How many of a network's standard convolutions have been replaced by cheap ones: its pruned_num."""
-    return sum(isinstance(module, CheapConv2d) for module in network.modules())
+    return len(cheap_in(network))
 
 
 def initialize(network: nn.Module) -> None:

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from model.conv import CheapConv2d, initialize, number_to_prune
+from model.conv import CheapConv2d, cheap_in, initialize, number_to_prune
 from utils.errors import UserError
 
 RULE = 2  # of what is replaceable, which files state because pruned_num counts it; 1: timm's Conv2dSame is not
@@ -43,11 +43,8 @@ def cheapen(
     """
     convs = replaceable_convs(module, rule)
     if names is None:
-        convs = convs[len(convs) - number_to_prune(len(convs), pruned_num) :]
-    else:
-        known = {name: child for name, child in module.named_modules() if child in set(convs)}
-        convs = [known[name] for name in checked(names, known)]
-    cheap = {conv: _cheap(conv, kind, groups) for conv in convs}
+        names = list(convs)[len(convs) - number_to_prune(len(convs), pruned_num) :]
+    cheap = {convs[name]: _cheap(convs[name], kind, groups) for name in checked(names, convs)}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():  # named_children skips the second use of a module
             if child in cheap:
@@ -62,14 +59,14 @@ def checked(names: Sequence[str], known: Container[str]) -> Sequence[str]:
     return names
 
 
-def replaceable_convs(module: nn.Module, rule: int = RULE) -> list[nn.Conv2d]:
-    """The convolutions that `cheapen` replaces, in the order of `module.modules()`."""
-    return [conv for conv in _wide_convs(module) if type(conv) is nn.Conv2d or (rule > 1 and _pads_same(conv))]
+def replaceable_convs(module: nn.Module, rule: int = RULE) -> dict[str, nn.Conv2d]:
+    """The convolutions that `cheapen` replaces by name, in the order of `module.modules()`."""
+    return {name: conv for name, conv in _wide_convs(module).items() if _is_known(conv, rule)}
 
 
 def remarks(student: nn.Module) -> list[str]:
     """Lines for the log: on convolutions of other classes, which stay, and on a student that is hardly smaller."""
-    cheap = [module for _, module in _cheap_convs(student)]
+    cheap = cheap_in(student).values()
     weights = sum(weight.numel() for conv in cheap for weight in conv.parameters() if weight.dim() == 4)
     params = sum(parameter.numel() for parameter in student.parameters())
     share = params / (params - weights + sum(prod(conv.standard_shape) for conv in cheap))
@@ -83,15 +80,18 @@ def remarks(student: nn.Module) -> list[str]:
 
 def other_convs(module: nn.Module) -> str:
     """The k x k convolutions of classes that `cheapen` does not know, counted, as in "16 ScaledStdConv2d"."""
-    known = set(replaceable_convs(module))
-    kinds = Counter(type(conv).__name__ for conv in _wide_convs(module) if conv not in known)
+    kinds = Counter(type(conv).__name__ for conv in _wide_convs(module).values() if not _is_known(conv, RULE))
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def _wide_convs(module: nn.Module) -> list[nn.Conv2d]:
-    """The k x k convolutions with k > 1 and groups = 1, but the first, which is on the image."""
-    convs = [child for child in module.modules() if isinstance(child, nn.Conv2d)]
-    return [conv for conv in convs[1:] if conv.groups == 1 and conv.kernel_size != (1, 1)]
+def _wide_convs(module: nn.Module) -> dict[str, nn.Conv2d]:
+    """The k x k convolutions with k > 1 and groups = 1 by name, but the first, which is on the image."""
+    convs = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Conv2d)]
+    return {name: conv for name, conv in convs[1:] if conv.groups == 1 and conv.kernel_size != (1, 1)}
+
+
+def _is_known(conv: nn.Conv2d, rule: int) -> bool:
+    return type(conv) is nn.Conv2d or (rule > 1 and _pads_same(conv))
 
 
 def _pads_same(conv: nn.Conv2d) -> bool:
@@ -129,12 +129,9 @@ def inherit(student: nn.Module, teacher: nn.Module) -> float:
         UserError (a ValueError): the teacher has no standard convolution for a cheap one. The student is then
             unchanged.
     """
-    pairs = replaced(student, teacher)
-    given = teacher.state_dict()
+    pairs = replaced(student, teacher).values()
+    student.load_state_dict(_shared(student, teacher), strict=False)
     with torch.no_grad():
-        for name, value in student.state_dict().items():
-            if _is_shared(name, value, given):
-                value.copy_(given[name])
         for cheap, conv in pairs:
             if cheap.pointwise.bias is not None:
                 cheap.pointwise.bias.copy_(conv.bias if conv.bias is not None else torch.tensor(0.0))
@@ -143,24 +140,29 @@ def inherit(student: nn.Module, teacher: nn.Module) -> float:
     return 1 - lost / total if total else 1.0
 
 
-def replaced(student: nn.Module, teacher: nn.Module) -> list[tuple[CheapConv2d, nn.Conv2d]]:
-    """The cheap convolutions of a student, each with the teacher's convolution that it replaces.
+def replaced(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[CheapConv2d, nn.Conv2d]]:
+    """The cheap convolutions of a student by name, each with the teacher's convolution that it replaces.
 
     Raises:
         UserError: the teacher has none for one of them.
     """
-    standard = dict(teacher.named_modules())
-    return [(cheap, _counterpart(name, cheap, standard)) for name, cheap in _cheap_convs(student)]
+    standard, pairs = dict(teacher.named_modules()), {}
+    for name, cheap in cheap_in(student).items():
+        conv = standard.get(name)
+        fits = isinstance(conv, nn.Conv2d) and tuple(conv.weight.shape) == cheap.standard_shape
+        if not fits or (conv.bias is not None and cheap.pointwise.bias is None):
+            raise UserError(
+                f"the student's {name} replaces a convolution with weights {cheap.standard_shape}, which the teacher "
+                "does not have under this name: give the student's own standard network as the teacher"
+            )
+        pairs[name] = cheap, conv
+    return pairs
 
 
 def not_inherited(student: nn.Module, teacher: nn.Module) -> list[str]:
     """Names of the student's parameters and buffers that `inherit` does not change."""
-    given, replaced = teacher.state_dict(), tuple(f"{name}." for name, _ in _cheap_convs(student))
-    return [
-        name
-        for name, value in student.state_dict().items()
-        if not (name.startswith(replaced) or _is_shared(name, value, given))
-    ]
+    shared, cheap = _shared(student, teacher), tuple(f"{name}." for name in cheap_in(student))
+    return [name for name in student.state_dict() if name not in shared and not name.startswith(cheap)]
 
 
 def add_noise(network: nn.Module, strength: float) -> None:
@@ -171,21 +173,7 @@ def add_noise(network: nn.Module, strength: float) -> None:
                 module.weight.add_(torch.randn_like(module.weight), alpha=strength * module.weight.std().item())
 
 
-def _is_shared(name: str, value: Tensor, given: dict[str, Tensor]) -> bool:
-    return name in given and given[name].shape == value.shape
-
-
-def _cheap_convs(network: nn.Module) -> list[tuple[str, CheapConv2d]]:
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, CheapConv2d)]
-
-
-def _counterpart(name: str, cheap: CheapConv2d, standard: dict[str, nn.Module]) -> nn.Conv2d:
-    """The standard convolution that `cheap`, called `name`, replaces."""
-    conv = standard.get(name)
-    fits = isinstance(conv, nn.Conv2d) and tuple(conv.weight.shape) == cheap.standard_shape
-    if not fits or (conv.bias is not None and cheap.pointwise.bias is None):
-        raise UserError(
-            f"the student's {name} replaces a convolution with weights {cheap.standard_shape}, which the teacher does "
-            "not have under this name: give the student's own standard network as the teacher"
-        )
-    return conv
+def _shared(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+    """The teacher's parameters and buffers that the student has under the same name and in the same shape."""
+    own = student.state_dict()
+    return {key: value for key, value in teacher.state_dict().items() if key in own and own[key].shape == value.shape}

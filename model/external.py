@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
-from model.convert import RULE, cheapen, other_convs, replaceable_convs
-from model.split import follows_protocol, split
+from model.convert import cheapen, other_convs, replaceable_convs
+from model.split import split
 from utils.errors import UserError
 
 LIBRARIES = ("torchvision", "timm")
@@ -40,12 +41,8 @@ def check(arch: str, name: str) -> None:
             raise UserError(f"{arch} has no network '{name}': try {close}")
 
 
-def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] | None = None) -> nn.Module:
+def standard(arch: str, name: str, num_classes: int) -> nn.Module:
     """The network `name` of `arch`, untrained.
-
-    Args:
-        input_size: (C, H, W) of its images. If given, the network of a Python file is split where that is possible: in
-            channels_last, a head that flattens its feature map with `view` fails otherwise.
 
     Raises:
         UserError (a ValueError): unknown arch or name, a library that is not installed.
@@ -61,40 +58,34 @@ def standard(arch: str, name: str, num_classes: int, input_size: Sequence[int] |
     network = function(**options)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} of {arch} returned a {type(network).__name__}, not a torch.nn.Module")
-    return _split_if_possible(network, input_size)
+    return network
 
 
-def student(
+def build(
     arch: str,
     name: str,
     num_classes: int,
-    conv: str,
-    groups: int,
-    pruned_num: int | None,
+    cheap: dict[str, Any] | None = None,
     input_size: Sequence[int] | None = None,
-    rule: int = RULE,
-    names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """The same network with cheap convolutions.
+    """The network of `standard`, or a student.
 
     Args:
-        conv, groups, pruned_num, rule, names: as in `model.convert.cheapen`.
-        input_size: (C, H, W) of its images. If given, the network follows timm's protocol where that is possible.
+        cheap: arguments of `model.convert.cheapen`, for a student.
+        input_size: (C, H, W) of its images. If given, students and networks of Python files are split where that is
+            possible: in channels_last, a head that flattens its feature map with `view` fails otherwise.
 
     Raises:
         UserError (a ValueError): as `standard` and `cheapen`; nothing to replace.
     """
     network = standard(arch, name, num_classes)
-    if not replaceable_convs(network):
-        others = f" ({kinds} stay as they are)" if (kinds := other_convs(network)) else ""
-        message = f"{name} of {arch} has no standard convolution to make cheap but the first{others}"
-        raise UserError(f"{message}: choose another one")
-    cheapen(network, conv, groups, pruned_num, rule, names)
-    return _split_if_possible(network, input_size)
-
-
-def _split_if_possible(network: nn.Module, input_size: Sequence[int] | None) -> nn.Module:
-    if input_size and not follows_protocol(network):
+    if cheap:
+        if not replaceable_convs(network):
+            others = f" ({kinds} stay as they are)" if (kinds := other_convs(network)) else ""
+            message = f"{name} of {arch} has no standard convolution to make cheap but the first{others}"
+            raise UserError(f"{message}: choose another one")
+        cheapen(network, **cheap)
+    if input_size and (cheap or is_file(arch)):
         with suppress(UserError):  # only an online teacher needs the feature map
             split(network, input_size)
     return network

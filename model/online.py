@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.fused import norm_relu
-from model.split import follows_protocol, split
+from model.split import split
 
 
 class Students(nn.Module):
@@ -63,8 +63,7 @@ class OnlineTeacher(Students):
     def __init__(self, students: Sequence[nn.Module], num_classes: int, input_size: Sequence[int] = (3, 224, 224)):
         super().__init__(students)
         for student in students:
-            if not follows_protocol(student):
-                split(student, input_size)
+            split(student, input_size)
         channels = sum(student.num_features for student in students)
         self.norm = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)

@@ -36,7 +36,7 @@ def reconstruct(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor
     Raises:
         UserError (a ValueError): the teacher has no standard convolution for a cheap one.
     """
-    pairs = {conv: cheap for cheap, conv in replaced(student, teacher)}
+    pairs = {conv: cheap for cheap, conv in replaced(student, teacher).values()}
     if not pairs:
         return
     norms = [module for module in student.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]

@@ -11,14 +11,9 @@ from utils.errors import UserError, first_line
 PROTOCOL = ("forward_features", "forward_head", "num_features")
 
 
-def follows_protocol(network: nn.Module) -> bool:
-    return all(hasattr(network, part) for part in PROTOCOL)
-
-
 def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> None:
     """Raise a UserError unless the network follows the protocol, or can be split to, on images of input_size."""
-    if not follows_protocol(network):
-        split(network, input_size)
+    split(network, input_size)
     try:
         with torch.no_grad():
             features = _on_meta(network).eval().forward_features(torch.empty(1, *input_size, device="meta"))
@@ -35,6 +30,8 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
 def split(network: nn.Module, input_size: Sequence[int]) -> None:
     """Give a network timm's protocol: `forward_features` up to its last feature map, `forward_head` from there.
 
+    Does nothing if the network follows the protocol already.
+
     The network's class becomes a subclass of its own; its modules and their names stay as they are. The map is the last
     one with more than one pixel from which everything after it is computed. Shapes are those for images of at least
     224 x 224, which most networks take, so that the map before global pooling has more than one pixel.
@@ -42,6 +39,8 @@ def split(network: nn.Module, input_size: Sequence[int]) -> None:
     Raises:
         UserError (a ValueError): its forward cannot be traced, or no single feature map leads to its logits.
     """
+    if all(hasattr(network, part) for part in PROTOCOL):
+        return
     kind, was_training = type(network), network.training
     halves, channels = {}, 0
     for training in (True, False):  # forward may depend on it

@@ -125,13 +125,12 @@ class Candidates:
 
     def __post_init__(self):
         student = self.build(replaced=None)
-        paths = {module: name for name, module in student.named_modules()}
         self.standard_macs = count(self.build(replaced=[]), self.input_size).macs
         costs = {}
-        for cheap, conv in replaced(student, self.teacher):
+        for name, (cheap, conv) in replaced(student, self.teacher).items():
             lost = cheap.approximate(conv.weight) / conv.weight.double().square().sum().item()
-            saved = self.standard_macs - count(self.build(replaced=[paths[cheap]]), self.input_size).macs
-            costs[paths[cheap]] = lost / saved if saved > 0 else math.inf
+            saved = self.standard_macs - count(self.build(replaced=[name]), self.input_size).macs
+            costs[name] = lost / saved if saved > 0 else math.inf
         self.names = sorted(costs, key=costs.get)
         self._known: dict[int, float] = {}
 
