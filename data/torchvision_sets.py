@@ -1,7 +1,6 @@
 """Data sets that torchvision downloads or unpacks: small ones go to memory, ImageNet streams."""
 
 import inspect
-import os
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +105,11 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
 
 
 def _unpack(root: Path, split: str) -> None:
-    """Let torchvision unpack a split of ImageNet, unless its folder is there."""
+    """Let torchvision unpack a split of ImageNet, unless its folder is there, and check that it is complete.
+
+    torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one. People may keep
+    the inner archives beside the classes, too.
+    """
     folder, archive = root / split, root / f"ILSVRC2012_img_{split}.tar"
     if not folder.exists() and archive.exists():
         from torchvision.datasets import ImageNet
@@ -118,25 +121,16 @@ def _unpack(root: Path, split: str) -> None:
             raise _scipy_missing("imagenet's devkit") from error
         except (RuntimeError, EOFError) as error:
             raise UserError(f"{root} cannot be unpacked: {error}") from error
-    if folder.is_dir():
-        _check_unpacked(folder, archive)
 
-
-def _check_unpacked(folder: Path, archive: Path) -> None:
-    """Raise a UserError if images of a split are in no class folder, or a class is not unpacked.
-
-    torchvision sorts the images, and unpacks the inner archives, after it has unpacked the outer one. People may keep
-    the inner archives beside the classes, too.
-    """
-    files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    if loose := [path for path in files if is_image(path)]:
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if loose := list(filter(is_image, files)):
         source = "ILSVRC2012_validation_ground_truth.txt of the devkit has their classes"
-        source = "their names begin with it" if folder.name == "train" else source
-        advice = f"move each into the folder of its class, {folder.name}/<wnid>; {source}"
+        source = "their names begin with it" if split == "train" else source
+        advice = f"move each into the folder of its class, {split}/<wnid>; {source}"
         if archive.exists():
             advice = f"rename {folder} and run again, which unpacks {archive.name} again"
         raise UserError(f"{folder} has {len(loose):,} images in no class folder, such as {loose[0]}: {advice}")
-    for path in map(Path, files):
+    for path in files:
         if path.suffix == ".tar" and not _is_unpacked(path):
             target = path.with_suffix("")
             raise UserError(
