@@ -14,6 +14,7 @@ from torch import Tensor
 from data.folder import folder
 from data.loader import AugmentedBatches, Batches, Normalization
 from data.sources import DataSet, digits, stratified_split
+from data.streaming import StreamedBatches
 from data.torchvision_sets import TORCHVISION_SETS, imagenet
 from utils.distributed import share, world_size
 from utils.errors import UserError
@@ -99,11 +100,9 @@ def sample(dataset: DataSet, device: torch.device, workers: int, count: int = 51
 
 
 class Loaders(NamedTuple):
-    """Batches of the splits; of images that stream, they are `data.streaming.StreamedBatches`."""
-
-    train: AugmentedBatches
-    val: Batches
-    test: Batches
+    train: AugmentedBatches | StreamedBatches
+    val: Batches | StreamedBatches
+    test: Batches | StreamedBatches
 
 
 def make_loaders(
@@ -122,7 +121,6 @@ def make_loaders(
     val, test = (split[share(len(split))] for split in (dataset.val, dataset.test))
     if dataset.image_size:
         from data.crops import EvaluationCrop, TrainingCrop  # import torchvision, which takes a second
-        from data.streaming import StreamedBatches
 
         common = (Normalization(dataset.mean, dataset.std, device), workers, dataset.skipped)
         train = StreamedBatches(dataset.train, train_batch_size, TrainingCrop(dataset.image_size), *common, seed)

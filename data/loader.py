@@ -12,7 +12,7 @@ from utils.distributed import share, world_size
 
 
 class Normalization:
-    """(B, 3, H, W) uint8 images on the device -> float32 in channels_last, with mean 0 and std 1 of each channel."""
+    """(B, H, W, 3) uint8 images -> (B, 3, H, W) float32 on the device, in channels_last, of mean 0 and std 1."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
         self.device = device
@@ -20,6 +20,7 @@ class Normalization:
         self._scale, self._bias = (1 / (255 * std))[:, None, None], (-mean / std)[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return images.to(torch.float32, memory_format=torch.channels_last).mul_(self._scale).add_(self._bias)
 
 
@@ -40,7 +41,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         parts = (values.split(self.batch_size) for values in (self.images, self.targets))
         for images, targets in zip(*parts, strict=True):
-            yield self.normalize(images.permute(0, 3, 1, 2)), targets
+            yield self.normalize(images), targets
 
 
 class AugmentedBatches(Batches):
@@ -84,7 +85,7 @@ class AugmentedBatches(Batches):
             self.position = position
             chosen = chosen[share(len(chosen))]
             crops = self.images[chosen[:, None, None], rows[chosen, :, None], columns[chosen, None, :]]
-            yield self.normalize(crops.permute(0, 3, 1, 2)), self.targets[chosen]
+            yield self.normalize(crops), self.targets[chosen]
 
 
 class Waiting:

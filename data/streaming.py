@@ -120,11 +120,10 @@ class StreamedBatches:
         self.position = start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device, start = self.normalize.device, self.order.start
-        none_yet = start == 0
+        none_yet = self.order.start == 0
         if self.training:
             self.skipped.share()
-        for position, (images, targets, found) in enumerate(self._loaded(), start=start + 1):
+        for position, (images, targets, found) in enumerate(self._loaded(), start=self.order.start + 1):
             self.position = position
             large_enough = len(targets) >= 1 + self.training
             if self.training:
@@ -133,8 +132,7 @@ class StreamedBatches:
             self.skipped.add(found)
             if large_enough:
                 none_yet = False
-                images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-                yield self.normalize(images), targets.to(device, non_blocking=True)
+                yield self.normalize(images), targets.to(self.normalize.device, non_blocking=True)
         if none_yet and self.training:
             needed = 2 * distributed.world_size()
             raise UserError(f"there is no batch of {needed} images that can be read: repair them")
