@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +120,9 @@ def _readable(paths: Sequence[bytes]) -> Iterator[np.ndarray]:
 
 def _likeness(images: Iterator[np.ndarray] | np.ndarray) -> list[str]:
     """A remark if several images are all alike; the first that differs is the last that is looked at."""
-    count, first = 0, None
-    for image in images:
-        first = image if first is None else first
-        if not np.array_equal(image, first):
+    count = 1
+    for image, following in pairwise(images):
+        if not np.array_equal(image, following):
             return []
         count += 1
     text = f"{count:,} training images were compared, and all of them are alike, pixel by pixel: look into the files."

@@ -154,8 +154,7 @@ class DataSet:
             count = f"{len(reasons):,} of {self.skipped.total:,} images"
             notes.append(f"Left out because they cannot be read: {count}, such as {path} ({reason}).")
         for name, split in self.splits.items():
-            counts = np.bincount(split.targets, minlength=len(self.classes))
-            if missing := [self.classes[i] for i in np.flatnonzero(counts == 0)]:
+            if missing := [self.classes[i] for i in np.setdiff1d(range(len(self.classes)), split.targets)]:
                 listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
                 notes.append(f"No {name} image is of these classes, so there is no accuracy for them: {listed}.")
         return notes
