@@ -84,31 +84,24 @@ COMPARED = {
 CIFAR = "--dataset folder --val_size 5000 --arch resnet --teacher_model resnet_20 --num_epochs 30 --precision bf16"
 TREE = "as a tree of image files, train/<class>/* and test/<class>/*"
 FEW, ALL = "5,000 training images, 60 epochs", "45,000 training images, 30 epochs"
+ALL_VARIANTS = (
+    "teacher scratch kd scratch_init kd_init od_teacher_free od od_init teacher_60 scratch_60 od_teacher_free_lambda_0 "
+    "od_lambda_0 dml one kdcl okddip"
+)
 FEW_VARIANTS = "scratch scratch_init od_init"
+TRANSFER_VARIANTS = (
+    "teacher_5000 scratch kd od_teacher_free od scratch_init kd_init od_init kd_transfer od_transfer "
+    "scratch_init_transfer kd_init_transfer od_init_transfer"
+)
+CIFAR10_VARIANTS = "teacher scratch scratch_init od_teacher_free od_init"
+DEPTHWISE, DEPTHWISE_5000 = "--conv depthwise", f"--conv depthwise {SIZE_5000}"
 CIFAR100 = Study(
     "CIFAR-100, ResNet-20",
     f"CIFAR-100 {TREE}",
     CIFAR,
     (
-        Table(
-            "depthwise",
-            f"Depthwise, {ALL}",
-            "--conv depthwise",
-            _rows(
-                "teacher scratch kd scratch_init kd_init od_teacher_free od od_init teacher_60 scratch_60 "
-                "od_teacher_free_lambda_0 od_lambda_0 dml one kdcl okddip"
-            ),
-        ),
-        Table(
-            "depthwise_5000",
-            f"Depthwise, {FEW}",
-            f"--conv depthwise {SIZE_5000}",
-            _rows(
-                "teacher_5000 scratch kd od_teacher_free od scratch_init kd_init od_init "
-                "kd_transfer od_transfer scratch_init_transfer kd_init_transfer od_init_transfer",
-                "teacher_5000",
-            ),
-        ),
+        Table("depthwise", f"Depthwise, {ALL}", DEPTHWISE, _rows(ALL_VARIANTS)),
+        Table("depthwise_5000", f"Depthwise, {FEW}", DEPTHWISE_5000, _rows(TRANSFER_VARIANTS, "teacher_5000")),
         Table("shift_5000", f"Shift, {FEW}", f"--conv shift {SIZE_5000}", _rows(FEW_VARIANTS, "teacher_5000")),
         Table("group_5000", f"Group (g = 4), {FEW}", f"--conv group {SIZE_5000}", _rows(FEW_VARIANTS, "teacher_5000")),
         Table("shift", f"Shift, {ALL}", "--conv shift", _rows("scratch scratch_init od_teacher_free scratch_120")),
@@ -118,14 +111,7 @@ CIFAR10 = Study(
     "CIFAR-10, ResNet-20",
     f"CIFAR-10 {TREE}",
     CIFAR,
-    (
-        Table(
-            "depthwise",
-            f"Depthwise, {ALL}",
-            "--conv depthwise",
-            _rows("teacher scratch scratch_init od_teacher_free od_init"),
-        ),
-    ),
+    (Table("depthwise", f"Depthwise, {ALL}", DEPTHWISE, _rows(CIFAR10_VARIANTS)),),
 )
 DIGITS_ROWS = _rows("scratch kd od od_lambda_0 od_teacher_free dml one")
 DIGITS = Study(
