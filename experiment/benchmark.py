@@ -83,8 +83,7 @@ class Baseline:
         for module in list(self.learner.modules()):
             if isinstance(getattr(module, "spatial", None), Shift2d):
                 module.spatial = module.spatial.as_conv().to(device)
-        weights = [p for p in self.learner.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(weights, RATE, 0.9, weight_decay=2e-4)
+        self.optimizer = torch.optim.SGD(self.learner.parameters(), RATE, 0.9, weight_decay=2e-4)
 
     def step(self, images: Tensor, targets: Tensor) -> None:
         fused.disable()

@@ -117,12 +117,9 @@ def open_image(path: str, preprocessing: dict[str, Any]) -> Image.Image:
     needed on each side.
     """
     try:
+        image = JpegImageFile(path)  # of any size
+    except SyntaxError:  # no JPEG file
         image = Image.open(path)
-    except Image.DecompressionBombError as error:
-        try:
-            image = JpegImageFile(path)
-        except SyntaxError:
-            raise error from None
     limit, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
     height, width = preprocessing["resize"] if preprocessing["decoder"] == "torchvision" else image.size[::-1]
     spare = min(image.width // width, image.height // height)

@@ -27,13 +27,11 @@ Test accuracy, top-1 in %: mean ± standard error over the n seeds. "Exported" i
 among the students and epochs of a run by validation accuracy. "Mean" is the mean of all students of a run; choosing one
 of several favors "exported", but not "mean", over methods that train one student. "Top-5" is that of the exported
 student; "disagree" is the share of the test images, in %, for which two students give different classes. The test set
-was evaluated once, after training. A difference is stated with the sum of the two standard errors.
-"""
-LOSSLESS = """
+was evaluated once, after training. A difference is stated with the sum of the two standard errors."""
+LOSSLESS = """\
 Images are read with `--dataset folder`: the same images, classes and augmentation as torchvision's data set of the same
 name. Mean and standard deviation are those of the training set (for CIFAR-10, the released recipe divides by 0.2023 …
-instead of 0.2470 …), and the images are in another order, so that the validation split has other members.
-"""
+instead of 0.2470 …), and the images are in another order, so that the validation split has other members."""
 
 
 class Mean(NamedTuple):
@@ -88,7 +86,7 @@ def write_results(out: Path) -> None:
         if records := read_records(out, name):
             text += _section(name, study, records, out / "results")
     with atomic_write(out / "RESULTS.md", "w") as file:
-        file.write("\n".join(text))
+        file.write("\n\n".join(text) + "\n")
 
 
 def _section(name: str, study: Study, records: list[Record], folder: Path) -> list[str]:
@@ -96,19 +94,17 @@ def _section(name: str, study: Study, records: list[Record], folder: Path) -> li
     environments = [record["environment"] for record in trained(records)]
     hardware = sorted({", ".join(found[key] for key in keys if key in found) for found in environments})
     where = " --data_dir PATH" if study.data else ""
-    text = [f"## {study.title}", "", f"`python experiment/study.py {name}{where}` with the flags `{study.flags}`."]
-    text += [LOSSLESS] if study.data else [""]
-    text += [f"Trained on {'; '.join(hardware)}.", ""] if hardware else []
+    text = [f"## {study.title}", f"`python experiment/study.py {name}{where}` with the flags `{study.flags}`."]
+    text += [LOSSLESS] if study.data else []
+    text += [f"Trained on {'; '.join(hardware)}."] if hardware else []
     for table in study.tables:
         groups = grouped(records, table)
         if any(groups.values()):
-            text += [f"### {table.title}", "", *_table(table, groups), ""]
-            if compared := _comparisons(table, groups):
-                text += [*compared, ""]
+            text += filter(None, [f"### {table.title}", _table(table, groups), _comparisons(table, groups)])
         if any(map(trained, groups.values())):
             picture = f"{name}-{table.key}.png"
             draw(study, table, groups, folder / picture)
-            text += [f"![test accuracy against parameters](results/{picture})", ""]
+            text.append(f"![test accuracy against parameters](results/{picture})")
     return text
 
 
@@ -123,7 +119,7 @@ def trained(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if "diverged" not in record]
 
 
-def _table(table: Table, groups: Groups) -> list[str]:
+def _table(table: Table, groups: Groups) -> str:
     """A row for each variant with records; columns without any value are left out."""
     lines = []
     for row in table.rows:
@@ -160,7 +156,7 @@ def _mean(value: Callable[[Record], float], records: list[Record]) -> str:
     return f"{Mean.of(value, records):.2f}"
 
 
-def _comparisons(table: Table, groups: Groups) -> list[str]:
+def _comparisons(table: Table, groups: Groups) -> str:
     """Differences between variants that have both been trained: of exported students, and of means of students."""
     titles = {row.variant: row.title for row in table.rows}
     lines = []
@@ -169,7 +165,7 @@ def _comparisons(table: Table, groups: Groups) -> list[str]:
         if all(pair):
             gains = [Mean.of(value, pair[0]) - Mean.of(value, pair[1]) for value in (exported, mean_student)]
             lines.append([f"{titles[ours]}, minus {titles[theirs]}", *(f"{gain:+.2f}" for gain in gains)])
-    return markdown([["difference, points", "exported", "mean"], *lines]) if lines else []
+    return markdown([["difference, points", "exported", "mean"], *lines]) if lines else ""
 
 
 def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:

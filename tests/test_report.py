@@ -93,7 +93,7 @@ def test_the_spread_of_a_latency_tells_that_it_is_unsteady():
 def test_unsteady_latencies_are_marked_and_explained():
     row = Row("a", "standard", Cost(1, 10**6))
     row.latencies = {(PYTORCH, 1): Latency(2.0, 0.8), (PYTORCH, 256): Latency(9.0, 0.1)}
-    lines = tables.markdown(tables.measurements([row]))[-2:]
+    lines = tables.markdown(tables.measurements([row])).splitlines()[-2:]
     assert lines == ["| PyTorch, batch 1 | 2.00 ms (unsteady) |", "| PyTorch, batch 256 | 9.00 ms |"]
     (note,) = report.unsteady([row])
     assert "more than 50%" in note

@@ -74,17 +74,16 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     if deployment.onnx:
         environment["onnxruntime"] = export.runtime_version()
     notes = _notes(run, trainer, rows, deployment, meta.start)
-    overview, measured = tables.overview(rows, "val", "test"), tables.measurements(rows)
-    parts = [[f"# {job.export.name}"], [sentence] if sentence else []]
-    parts += map(tables.markdown, (overview, measured, tables.classes(classes)))
+    shown = [tables.overview(rows, "val", "test"), tables.measurements(rows), tables.classes(classes)]
+    parts = [f"# {job.export.name}", sentence, *map(tables.markdown, shown)]
     if meta.budget:
         parts.append(tables.markdown(tables.budget(meta.budget)))
-        parts.append([f"![accuracy before training over MACs]({job.budget.name})"])
-    parts.append([f"- {note}" for note in notes])
-    parts.append(["To train it again, give another `--job_dir` or add `--reset`:", "", "```sh", command, "```"])
-    parts.append([f"The other flags had these values: `{defaults}`"])
+        parts.append(f"![accuracy before training over MACs]({job.budget.name})")
+    parts.append("\n".join(f"- {note}" for note in notes))
+    parts.append(f"To train it again, give another `--job_dir` or add `--reset`:\n\n```sh\n{command}\n```")
+    parts.append(f"The other flags had these values: `{defaults}`")
     with atomic_write(job.report, "w") as file:
-        file.write("\n".join(line for part in parts if part for line in (*part, "")))
+        file.write("\n\n".join(filter(None, parts)) + "\n")
     content = {
         "networks": tables.as_json(rows),
         "summary": sentence,

@@ -185,10 +185,11 @@ def classes(accuracies: Sequence[ClassAccuracy], most: int = 20, worst: int = 10
     return [[title, "test images", "top-1 accuracy, %"], *lines]
 
 
-def markdown(cells: Cells) -> list[str]:
+def markdown(cells: Cells) -> str:
     titles, *lines = cells
     rule = ["---", *["--:"] * (len(titles) - 1)]
-    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in (titles, rule, *lines)]
+    escaped = [[cell.replace("|", "&#124;") for cell in line] for line in (titles, rule, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def plain(cells: Cells) -> str:
