@@ -28,7 +28,7 @@ from model.convert import RULE, remarks
 from model.online import Students
 from model.weights import load_weights, place
 from utils import checkpoint, report
-from utils.checkpoint import Inputs, Meta
+from utils.checkpoint import Inputs, Meta, TrainingCheckpoint
 from utils.config import AUTO, BEST, RESUME_LAST, Config
 from utils.cost import count
 from utils.engine import Trainer
@@ -134,7 +134,7 @@ def print_test(config: Config) -> None:
     path = config.job_dir / BEST if config.resume in (None, RESUME_LAST) else config.resume
     found = {}
     if config.resume or path.exists():
-        content = checkpoint.load_checkpoint(path)
+        content = checkpoint.load(path, TrainingCheckpoint)
         students, meta = checkpoint.all_students(path, content, config.arch)
         config = options.for_test(config, meta.config | {"arch": meta.arch}, path)
         run = prepare(config, trained=(path, meta))

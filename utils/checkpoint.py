@@ -65,14 +65,6 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class EnsembleMeta:
-    """How to build an exported online teacher: the method, and the number of its students."""
-
-    method: str
-    num_students: int
-
-
-@dataclass(frozen=True)
 class Meta:
     """How to build a network and what it was trained on.
 
@@ -89,7 +81,7 @@ class Meta:
         accuracy: top-1 in % of an exported network, by split.
         networks: accuracy and cost of every network of the run.
         history: configurations of the runs before, for a refined student.
-        ensemble: for an online teacher that was exported as one network.
+        ensemble: method and num_students of an online teacher that was exported as one network.
     """
 
     arch: str
@@ -112,14 +104,12 @@ class Meta:
     accuracy: dict[str, Any] | None = None
     networks: list[dict[str, Any]] | None = None
     history: list[dict[str, Any]] | None = None
-    ensemble: EnsembleMeta | None = None
+    ensemble: dict[str, Any] | None = None
 
-    def fault(self) -> str | None:
-        if len(self.classes) != self.num_classes:
-            return "num_classes"
-        if not normalization.is_plausible(self.mean, self.std):
-            return "mean or std"
-        return None if self.config["method"] in METHODS else "config.method"
+    def is_consistent(self) -> bool:
+        """Whether its values belong together, as in every file of this program."""
+        is_known = len(self.classes) == self.num_classes and self.config["method"] in METHODS
+        return is_known and normalization.is_plausible(self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -132,9 +122,9 @@ class ExportedNetwork:
     def of(cls, network: nn.Module, meta: Meta) -> "ExportedNetwork":
         return cls({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, meta)
 
-    def fault(self) -> str | None:
+    def is_consistent(self) -> bool:
         ensemble, students = self.meta.ensemble, _count_students(self.state_dict, "learner.students.")
-        return "meta.ensemble" if ensemble and students != ensemble.num_students else None
+        return self.meta.is_consistent() and (ensemble is None or ensemble.get("num_students") == students)
 
 
 @dataclass(frozen=True)
@@ -154,10 +144,8 @@ class Progress:
     sizes: Tensor
     correct: Tensor
 
-    def fault(self) -> str | None:
-        if "cpu" not in self.random:
-            return "random"
-        return None if (self.losses.dim(), self.sizes.dim(), self.correct.dim()) == (2, 1, 1) else "losses"
+    def is_consistent(self) -> bool:
+        return "cpu" in self.random and (self.losses.dim(), self.sizes.dim(), self.correct.dim()) == (2, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -175,22 +163,29 @@ class TrainingCheckpoint:
     environment: dict[str, Any] | None = None
     kind: str = "training checkpoint"
 
-    def fault(self) -> str | None:
-        students = _count_students(self.model, "students.")
-        for name in ("accuracy", "loss", "top5"):
-            values = self.scores and getattr(self.scores, name)
-            if values and len(values.students) != students:
-                return f"scores.{name}"
-        if self.best and self.best.student >= students:
-            return "best.student"
-        if not is_plain(self.environment):
-            return "environment"
-        return None if 0 < students == self.meta.config["num_students"] else "meta.config.num_students"
+    def is_consistent(self) -> bool:
+        students, scores = _count_students(self.model, "students."), self.scores
+        columns = [scores.accuracy, scores.loss, scores.top5] if scores else []
+        return (
+            self.meta.is_consistent()
+            and 0 < students == self.meta.config["num_students"]
+            and all(len(values.students) == students for values in columns if values)
+            and (self.best is None or self.best.student < students)
+            and (self.progress is None or self.progress.is_consistent())
+        )
 
-    def student(self, index: int) -> dict[str, Tensor]:
-        """State dict of a student."""
+    def student(self, index: int) -> ExportedNetwork:
+        """A student alone."""
         prefix = f"students.{index}."
-        return {key.removeprefix(prefix): value for key, value in self.model.items() if key.startswith(prefix)}
+        weights = {key.removeprefix(prefix): value for key, value in self.model.items() if key.startswith(prefix)}
+        return ExportedNetwork(weights, self.meta)
+
+
+# The kinds of files, and for messages: what to do with one in the place of the other.
+KINDS = {
+    TrainingCheckpoint: "a training checkpoint: leave out --pruned",
+    ExportedNetwork: "an exported network: finetune.py takes it with --pruned",
+}
 
 
 def _count_students(weights: dict[str, Tensor], prefix: str) -> int:
@@ -203,29 +198,39 @@ def save(path: Path, record: Any) -> None:
         file.write(_packed(record))
 
 
-def load(path: Path) -> Any:
+def load(path: Path, expected: type | None = None) -> Any:
     """Load a file of weights on the CPU, without running code in it.
+
+    Args:
+        expected: one of KINDS, to refuse all other files.
 
     Returns:
         A `TrainingCheckpoint`, an `ExportedNetwork`, or the content of any other file.
 
     Raises:
-        UserError: the file cannot be read (`read_weights`), or a file of this program is incomplete.
+        UserError: the file cannot be read (`read_weights`), is of another kind, or is incomplete.
     """
     content = read_weights(path)
-    kind = content.get("kind") if isinstance(content, dict) else None
-    record = next((record for record in (TrainingCheckpoint, ExportedNetwork) if kind == record.kind), None)
-    if record is None:
+    name = content.get("kind") if isinstance(content, dict) else None
+    kind = next((kind for kind in KINDS if name == kind.kind), None)
+    if expected not in (None, kind):
+        found = f"but {KINDS[kind]}" if kind else "of main.py or finetune.py"
+        raise UserError(f"{path} is no {expected.kind} {found}")
+    if kind is None:
         return content
     try:
+        for name in ("meta", "environment"):
+            if not is_plain(content.get(name)):
+                raise Malformed(name)
         meta = content.get("meta")
-        if not is_plain(meta):
-            raise Malformed("meta")
         if isinstance(meta, dict) and isinstance(meta.get("config"), dict):
             content["meta"] = meta | {"config": completed(meta["config"])}
-        return from_plain(record, {"progress": None} | content)  # older checkpoints lack it
+        record = from_plain(kind, {"progress": None} | content)  # older checkpoints lack it
+        if not record.is_consistent():
+            raise Malformed("a part of it")
     except Malformed as error:
-        raise UserError(f"{path} is no whole {record.kind}: {error} is missing or malformed") from error
+        raise UserError(f"{path} is no whole {kind.kind}: {error} is missing or malformed") from error
+    return record
 
 
 def export(path: Path, network: nn.Module, meta: Meta) -> None:
@@ -256,39 +261,24 @@ def load_student(path: str | Path, arch: str | None = None) -> tuple[nn.Module, 
 
 def load_network(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
     """As `load_student`, with typed metadata."""
-    content = _load(path, ExportedNetwork, "but a training checkpoint: leave out --pruned")
-    return restore(path, content.state_dict, content.meta, arch)
+    return restore(path, load(path, ExportedNetwork), arch)
 
 
 def best_student(path: Path, arch: str | None = None) -> tuple[nn.Module, Meta]:
     """As `load_network`, the student of a training checkpoint that is best on the validation set."""
-    content = load_checkpoint(path)
+    content = load(path, TrainingCheckpoint)
     if not content.scores:
         raise UserError(f"{path} is of a run's first epoch, before its students were compared: train on with --resume")
     config = content.meta.config
     best = Best.of(content.epoch, content.scores, METHODS[config["method"]].candidates(config["num_students"])).student
-    return restore(path, content.student(best), content.meta, arch)
+    return restore(path, content.student(best), arch)
 
 
 def all_students(path: Path, content: TrainingCheckpoint, arch: str | None = None) -> tuple[list[nn.Module], Meta]:
     """As `best_student`, but all students of a training checkpoint that is already loaded."""
     count = content.meta.config["num_students"]
-    networks, metas = zip(*(restore(path, content.student(i), content.meta, arch) for i in range(count)), strict=True)
+    networks, metas = zip(*(restore(path, content.student(i), arch) for i in range(count)), strict=True)
     return list(networks), metas[0]
-
-
-def load_checkpoint(path: Path) -> TrainingCheckpoint:
-    """Load a training checkpoint; raises a UserError if the file is missing, damaged, or something else."""
-    return _load(path, TrainingCheckpoint, "but an exported network: finetune.py takes it with --pruned")
-
-
-def _load(path: Path, kind: type, if_other: str) -> Any:
-    """Load a file of one kind; `if_other` ends the message if it is of the other kind."""
-    content = load(path)
-    if isinstance(content, kind):
-        return content
-    is_other = isinstance(content, TrainingCheckpoint | ExportedNetwork)
-    raise UserError(f"{path} is no {kind.kind} {if_other if is_other else 'of main.py or finetune.py'}")
 
 
 def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
@@ -301,7 +291,7 @@ def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
     Raises:
         UserError: a file is damaged, they do not belong together, or the run had other flags, inputs or more epochs.
     """
-    content = load_checkpoint(path)
+    content = load(path, TrainingCheckpoint)
     was = content.meta
     if name := changed_flag(was.config, meta.config):
         before, now = (as_typed(name, config.get(name)) for config in (was.config, meta.config))
@@ -313,7 +303,7 @@ def load_to_resume(path: Path, meta: Meta, force: bool) -> TrainingCheckpoint:
     begun = content.epoch + bool(content.progress and len(content.progress.sizes))
     if content.best:
         path_of_best = path.with_name("model_best.pt")
-        best_epoch = load_checkpoint(path_of_best).epoch
+        best_epoch = load(path_of_best, TrainingCheckpoint).epoch
         # A run killed between its two writes leaves the best of the next epoch, which is trained again.
         if best_epoch not in (content.best.epoch, content.epoch + 1):
             raise UserError(f"{path_of_best} is of another epoch than the best one of {path}: resume from last.pt")
@@ -331,8 +321,9 @@ def _packed(record: Any) -> memoryview:
     return buffer.getbuffer()
 
 
-def restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None) -> tuple[nn.Module, Meta]:
+def restore(path: Path, content: ExportedNetwork, arch: str | None) -> tuple[nn.Module, Meta]:
     """Build the network that the content of `path` describes, in eval mode; raises as `load_student` does."""
+    meta = content.meta
     if is_file(meta.arch):  # it may hold any code, so the user has to name it
         if not is_file(arch):
             raise UserError(f"{path} needs the code that built its network: give --arch {meta.arch}")
@@ -345,9 +336,9 @@ def restore(path: Path, weights: dict[str, Tensor], meta: Meta, arch: str | None
             check_architecture(meta.arch, meta.model)
             if not meta.ensemble:
                 return build(meta.model, **specification)
-            networks = [build(meta.model, **specification) for _ in range(meta.ensemble.num_students)]
-            return Ensemble(METHODS[meta.ensemble.method].online_teacher(networks, meta.num_classes))
+            networks = [build(meta.model, **specification) for _ in range(meta.ensemble["num_students"])]
+            return Ensemble(METHODS[meta.ensemble["method"]].online_teacher(networks, meta.num_classes))
         except Exception as error:  # the file may contain anything
             raise UserError(f"{path} does not say how to build its network: {error}") from error
 
-    return build_with(weights, builder, f"{path} as {meta.model}").eval(), meta
+    return build_with(content.state_dict, builder, f"{path} as {meta.model}").eval(), meta

@@ -257,7 +257,7 @@ class Trainer:
     def load_best(self, job: Job) -> None:
         """Load the weights of the best epoch into the learner."""
         distributed.wait_for_all()  # the first process writes the file
-        content = checkpoint.load_checkpoint(job.best)
+        content = checkpoint.load(job.best, TrainingCheckpoint)
         load_weights(self.learner, content.model, str(job.best))
         self.best = content.best
 

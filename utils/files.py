@@ -211,8 +211,7 @@ def to_plain(record: Any) -> dict[str, Any]:
 def from_plain(kind: Any, value: Any, name: str = "") -> Any:
     """The inverse of `to_plain`: check a value from a file against a type hint, and make dataclasses of dictionaries.
 
-    A dataclass ignores unknown keys, a TypedDict keeps them. A dataclass may have a method `fault` that names a part
-    that contradicts another one.
+    A dataclass ignores unknown keys, a TypedDict keeps them.
 
     Raises:
         Malformed: the value does not have this type.
@@ -237,19 +236,12 @@ def _record(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
         raise Malformed(name)
     optional = {field.name for field in fields(kind) if field.default is not MISSING} if is_dataclass(kind) else set()
-    found = {}
-    for key, hint in typing.get_type_hints(kind).items():
-        part = f"{name}.{key}".lstrip(".")
-        if key in value:
-            found[key] = from_plain(hint, value[key], part)
-        elif key not in optional:
-            raise Malformed(part)
-    if not is_dataclass(kind):
-        return value | found
-    record = kind(**found)
-    if fault := getattr(record, "fault", lambda: None)():
-        raise Malformed(f"{name}.{fault}".lstrip("."))
-    return record
+    found = {
+        key: from_plain(hint, value.get(key, MISSING), f"{name}.{key}".lstrip("."))
+        for key, hint in typing.get_type_hints(kind).items()
+        if key in value or key not in optional
+    }
+    return kind(**found) if is_dataclass(kind) else value | found
 
 
 def is_plain(value: Any) -> bool:

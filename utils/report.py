@@ -13,7 +13,7 @@ from torch import nn
 
 from model.online import Ensemble
 from utils import checkpoint, export, options, tables
-from utils.checkpoint import EnsembleMeta, Meta
+from utils.checkpoint import Meta
 from utils.cost import forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
@@ -48,7 +48,7 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     meta = replace(meta, networks=[row.summary() for row in rows])
     if config.export_teacher:
         (teacher,) = (row for row in rows if row.role == "online_teacher")
-        ensemble = EnsembleMeta(config.method, len(teacher.network.students))
+        ensemble = {"method": config.method, "num_students": len(teacher.network.students)}
         of_teacher = replace(meta, accuracy=teacher.accuracies(), ensemble=ensemble)
         job.logger.info(f"exported {job.export_teacher}, the online teacher")
         network = Ensemble(teacher.network)

@@ -16,7 +16,7 @@ from model import build, variant_for
 from model.online import Students
 from model.split import check_features
 from utils import distributed
-from utils.checkpoint import Meta, load_checkpoint
+from utils.checkpoint import Meta, TrainingCheckpoint, load
 from utils.config import AUTO, Config
 from utils.cost import Candidates, check_fits
 from utils.device import (
@@ -96,7 +96,7 @@ class Run:
         """
         config, names, points = self.config, None, None
         if config.pruned_num == AUTO and self.resumed:
-            meta = load_checkpoint(self.resumed).meta
+            meta = load(self.resumed, TrainingCheckpoint).meta
             names, points = meta.build["replaced"], meta.budget
         elif config.pruned_num == AUTO:
             found = Candidates(build, self.teacher, self.dataset.input_size, self.sample(), self.loaders.val)

@@ -223,7 +223,7 @@ def load_teacher(
             raise UserError(f"{file} holds a {meta.model}, but --teacher_model is {name}")
         if meta.num_classes != num_classes:
             raise UserError(f"{file} knows {meta.num_classes} classes, the data has {num_classes}")
-        network, _ = restore(file, content.state_dict, meta, arch)
+        network, _ = restore(file, content, arch)
         wanted, layout = (tuple(meta.mean), tuple(meta.std)), "exported by this program"
     else:
         variant = variant_for(arch, name, input_size) if input_size else {}
