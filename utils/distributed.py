@@ -74,7 +74,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def counts(count: int) -> list[int]:
-    """The counts of all processes, by rank."""
+    """The counts (or other whole numbers) of all processes, by rank."""
     if world_size() == 1:
         return [count]
     values = torch.zeros(world_size(), dtype=torch.long)
@@ -88,14 +88,6 @@ def gathered(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def largest(value: int) -> int:
-    """Maximum over all processes of values that are 0 or more."""
-    if world_size() > 1:
-        dist.all_reduce(values := torch.tensor(value), dist.ReduceOp.MAX)
-        return int(values)
-    return value
 
 
 def wait_for_all() -> None:

@@ -335,6 +335,6 @@ def _share_of(epochs: float, epoch: int, share: float) -> float:
 
 def _interrupted() -> bool:
     """Whether a signal has reached any process; all processes learn of it at the same step."""
-    if signal := distributed.largest(interruption.pending):
+    if signal := max(distributed.counts(interruption.pending)):
         interruption.pending = signal
     return bool(signal)
