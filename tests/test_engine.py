@@ -165,7 +165,7 @@ def test_every_step_takes_its_own_rate(job, monkeypatch):
 
     trainer.step = watched
     trainer.epoch = 1
-    trainer.train_one_epoch(train, job)
+    trainer.train_one_epoch(train, job, META)
     assert taken == pytest.approx([0.4 * step / 6 for step in range(1, 7)])
 
 
@@ -191,7 +191,7 @@ def test_epoch_averages_weigh_every_image_the_same(job):
     trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, "fp32")
     train, _ = loaders()
     trainer.epoch = 1
-    scores = trainer.train_one_epoch(train, job)
+    scores = trainer.train_one_epoch(train, job, META)
     expected = correct = 0
     for images, targets in train:
         student_logits, teacher_logits = trainer.learner(images)
@@ -511,7 +511,7 @@ def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
     trainer.step = lambda *batch: (steps.append(1), step(*batch))[1]
-    trainer.train_one_epoch(train, job)
+    trainer.train_one_epoch(train, job, META)
     assert set(waits) == {3, 6, 8}  # 8: the end of the epoch
 
 

@@ -409,7 +409,7 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
     trainer.epoch = 1
     batches = streamed(paths)
     batches.set_epoch(1)
-    scores = trainer.train_one_epoch(batches, job)
+    scores = trainer.train_one_epoch(batches, job, meta={})
     job.close()
 
     kept = [(images, targets) for images, targets in batches]

@@ -113,13 +113,10 @@ class Trainer:
             correct = (all_logits(student_logits, teacher_logits).argmax(-1) == targets).sum(1)
         return losses, correct
 
-    def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: Meta | None = None) -> TrainingScores:
-        """One pass over `batches`, or the rest of one.
+    def train_one_epoch(self, batches: AugmentedBatches, job: Job, meta: Meta) -> TrainingScores:
+        """One pass over `batches`, or the rest of one, and a checkpoint after its last step.
 
         Waits for the device only every print_freq steps, before a checkpoint, and at the end.
-
-        Args:
-            meta: of the checkpoints during the epoch and after its last step; without it none is written.
 
         Raises:
             UserError: a loss is not finite.
@@ -143,12 +140,11 @@ class Trainer:
                     bar.set_postfix(loss=loss, data=waited)
                     if bar.disable and means.steps < steps:  # without a terminal
                         job.logger.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}, data {waited}")
-                if meta:
-                    self._save_if_due(batches, job, meta)
+                self._save_if_due(batches, job, meta)
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
         # Evaluation may take longer than a scheduler waits after its signal. If the weights are not finite, it fails.
-        if meta and all(value.isfinite().all() for value in self.learner.state_dict().values()):
+        if all(value.isfinite().all() for value in self.learner.state_dict().values()):
             self._save_last(job, meta, batches)
         self.means = EpochMeans()
         return means.scores(self.learner)
@@ -196,7 +192,6 @@ class Trainer:
                 self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
-            self._saved_at = time.monotonic()
             while self.epoch < self.config.num_epochs and not _interrupted():
                 epoch_started, images = time.perf_counter(), train.num_images - self.means.images
                 self._begin_epoch(train)
@@ -218,7 +213,6 @@ class Trainer:
                     + (speed if images else "")  # a resumed run may have had its last step
                     + f"{timedelta(seconds=round(left))} left"
                 )
-            self.seconds = time.perf_counter() - self._since
             if self.epoch == self.config.num_epochs:
                 interruption.message = f"training is complete, its report is not; {job.how_to_go_on}"
 
@@ -245,8 +239,9 @@ class Trainer:
         load_momentum(self.optimizer, content.optimizer, str(path))
         self.epoch, self.scores, self.best = content.epoch, content.scores, content.best
         self.seconds, self._begun = content.seconds or 0.0, content.progress
-        if self._begun:
-            self.means.load(self._begun, self.device)
+        if done := self._begun:
+            correct = done.correct.to(self.device)
+            self.means = EpochMeans(done.names, done.losses.tolist(), done.sizes.tolist(), correct)
         steps = f" and {self.means.steps} steps of the next" if self.means.steps else ""
         self.reached = f"epoch {self.epoch}{steps}{changes(content.environment or {}, self.environment)}"
 

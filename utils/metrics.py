@@ -190,15 +190,15 @@ class StepResult(NamedTuple):
     size: int  # images
 
 
+@dataclass
 class EpochMeans:
     """Averages the results of an epoch's training steps over its images."""
 
-    def __init__(self):
-        self.names: list[str] = []  # of the loss and its terms
-        self.losses: list[list[float]] = []  # of each settled step
-        self.sizes: list[int] = []  # images of each step
-        self._correct: Tensor | int = 0
-        self._pending: list[Tensor] = []
+    names: list[str] = field(default_factory=list)  # of the loss and its terms
+    losses: list[list[float]] = field(default_factory=list)  # of each settled step
+    sizes: list[int] = field(default_factory=list)  # images of each step
+    correct: Tensor | int = 0  # as in `StepResult`, of all steps
+    _pending: list[Tensor] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -212,7 +212,7 @@ class EpochMeans:
         """Add a step, without waiting for the device."""
         self.names = list(result.losses)
         self._pending.append(torch.stack(list(result.losses.values())))
-        self._correct = self._correct + result.correct
+        self.correct = self.correct + result.correct
         self.sizes.append(result.size)
 
     def settle(self) -> dict[int, dict[str, float]]:
@@ -228,7 +228,7 @@ class EpochMeans:
         weights = torch.tensor(self.sizes, dtype=torch.float64) / self.images
         averages = (weights @ torch.tensor(self.losses, dtype=torch.float64)).tolist()
         names = ("total" if name == "loss" else name for name in self.names)
-        accuracies = [100 * hits / self.images for hits in self._correct.tolist()]
+        accuracies = [100 * hits / self.images for hits in self.correct.tolist()]
         return TrainingScores(dict(zip(names, averages, strict=True)), ByNetwork.of(learner, accuracies))
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,13 +237,8 @@ class EpochMeans:
             "names": self.names,
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "sizes": torch.tensor(self.sizes),
-            "correct": self._correct.cpu(),
+            "correct": self.correct.cpu(),
         }
-
-    def load(self, state: Any, device: torch.device) -> None:
-        """Go on from an object with the attributes that `state_dict` returned."""
-        self.names, self.losses, self.sizes = state.names, state.losses.tolist(), state.sizes.tolist()
-        self._correct = state.correct.to(device)
 
 
 def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
