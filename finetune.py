@@ -86,7 +86,8 @@ def export_alone(run: Run, student: nn.Module, meta: Meta) -> None:
     job = run.job
     if not (run.config.export and job.writes):
         return
-    job.make_folder()
+    job.check_writable()
+    job.folder.mkdir(parents=True, exist_ok=True)
     exported = job.export_teacher if meta.ensemble else job.export
     deployment = report.deploy(run, exported, student, meta)
     if deployment.failures:

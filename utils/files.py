@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import threading
@@ -52,12 +51,6 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     finally:
         with suppress(OSError):  # a read-only file system refuses to delete even what is not there
             temporary.unlink()
-
-
-def atomic_copy(source: Path, target: Path) -> None:
-    """Copy a file; raises as `atomic_write` does."""
-    with open(source, "rb") as original, atomic_write(target) as copy:
-        shutil.copyfileobj(original, copy)
 
 
 def delete_unfinished(path: Path) -> None:

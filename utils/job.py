@@ -17,7 +17,7 @@ from tensorboardX.summary import scalar
 from utils import distributed
 from utils.config import BEST, FORMATS, LAST, RESUME_LAST
 from utils.errors import UserError, log, log_to
-from utils.files import Lock, atomic_copy, atomic_write, delete_unfinished
+from utils.files import Lock, atomic_write, delete_unfinished
 from utils.interruption import interruption, resume_command
 from utils.metrics import flatten
 
@@ -49,6 +49,7 @@ class Job:
         self.lock = Lock(folder / "lock")
         self.logger = log
         self.writes = distributed.rank() == 0  # only one process of a run writes
+        self.writers: dict[str, EventsWriter] = {}  # of tensorboard, by phase
         self._seen: dict[Path, tuple[int, ...]] | None = None
 
     def checkpoint_to_resume(self, resume: Path | None, reset: bool, inputs: Sequence[Path | None]) -> Path | None:
@@ -64,24 +65,23 @@ class Job:
             UserError: the folder cannot be written or is in use; it holds files that are not a run's, or a run that is
                 neither resumed nor reset; --reset would delete an input or a file behind a symbolic link.
         """
-        resumed = self.last if resume == RESUME_LAST else resume
-        is_here = resumed is not None and resumed.resolve().parent == self.last.resolve().parent
-        self._check_kinds()
+        if resume == RESUME_LAST:
+            resume = self.last if self.last.exists() else None
+        is_here = resume is not None and resume.resolve().parent == self.last.resolve().parent
+        self.check_writable()
         if self.writes:
             self.lock.check()
         existing = sorted(path for path in self._files() if path.exists())
-        if existing and not self._earlier_config() and not (is_here and resumed.exists()):
+        if existing and not is_here and not self._earlier_config():
             raise UserError(
                 f"{self.folder} holds {existing[0].name}, but no config.json of this program: choose another --job_dir"
             )
         if reset:
             self._check_deletable(existing, inputs)
-        else:
-            self._check_not_trained(existing, resumed if is_here else None)
-        if resume == RESUME_LAST and not self.last.exists():
-            resumed = None
-        self._seen = self._stamps(resumed)
-        return resumed
+        elif not is_here:
+            self._check_not_trained(existing)
+        self._seen = self._stamps(resume)
+        return resume
 
     def _check_deletable(self, existing: Sequence[Path], inputs: Sequence[Path | None]) -> None:
         """Raise a UserError if --reset would delete a file that the run reads, or one outside the folder."""
@@ -92,19 +92,19 @@ class Job:
         if linked := [path for path in existing if not self._is_inside(path)]:
             raise UserError(f"--reset does not delete behind a symbolic link: delete {linked[0]} yourself")
 
-    def _check_not_trained(self, existing: Sequence[Path], resumed: Path | None) -> None:
-        """Raise a UserError if there are results of a run that does not go on from `resumed`."""
+    def _check_not_trained(self, existing: Sequence[Path]) -> None:
+        """Raise a UserError if there are results of a run."""
         # A run that was killed before its first checkpoint leaves its flags, a log and an empty record.
         results = [path for path in existing if path not in (self.config, self.log_file) and path.stat().st_size]
-        if not results or (resumed and (resumed != self.last or self.last.exists())):
+        if not results:
             return
         state, advice = f"already holds a run ({results[0].name})", "continue it with --resume, "
-        if resumed:
+        if not self.last.exists():
             state = f"holds a run ({results[0].name}) without its {self.last.name}"
             advice = f"continue from its best epoch with --resume {self.best}, " if self.best.exists() else ""
         raise UserError(f"{self.folder} {state}: {advice}delete it with --reset, or choose another --job_dir")
 
-    def _check_kinds(self) -> None:
+    def check_writable(self) -> None:
         """Raise a UserError if a folder has the name of a file, or a folder cannot be made or written."""
         for path in (*self._files(), self.lock.path):
             if path.exists() and not path.is_file():
@@ -131,13 +131,6 @@ class Job:
     @property
     def how_to_go_on(self) -> str:
         return f"continue with: {resume_command()}"
-
-    def make_folder(self) -> None:
-        """Make the folder, or raise a UserError."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--job_dir {self.folder} cannot be written: {error}") from error
 
     def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
         """Create the folder, or clear it with `reset`, and start its logs. From then on the run can be resumed.
@@ -170,9 +163,13 @@ class Job:
                     file.writelines(json.dumps(line) + "\n" for line in kept)
                 for original, copy in copies.items():
                     if original.exists() and original.resolve() != copy.resolve():
-                        atomic_copy(original, copy)
+                        with atomic_write(copy) as file:
+                            file.write(original.read_bytes())
                 log_to(self.log_file)
-                self.writers = {phase: _events_writer(self.events / phase) for phase in PHASES}
+                for phase in PHASES:
+                    (self.events / phase).mkdir(parents=True, exist_ok=True)
+                    # SummaryWriter has a thread, which would hide a failure or lose events at the end.
+                    self.writers[phase] = EventsWriter(str(self.events / phase / "events"))
                 for line in kept:
                     self._add_scalars(line, times.get(line["epoch"]))
         except OSError as error:
@@ -264,22 +261,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    metrics, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    metrics = []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            epoch = None
-            with suppress(ValueError):
-                epoch = json.loads(line)
-            if not isinstance(epoch, dict) or not epoch.keys() >= {"epoch", "lr", "train", "val"}:
-                raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset")
-            metrics.append(epoch)
+        epoch = None
+        with suppress(ValueError):
+            epoch = json.loads(line)
+        if not isinstance(epoch, dict) or not epoch.keys() >= {"epoch", "lr", "train", "val"}:
+            raise UserError(f"line {number} of {path} is damaged: delete the line, or use --reset")
+        metrics.append(epoch)
     return metrics
-
-
-def _events_writer(folder: Path) -> EventsWriter:
-    """A writer without SummaryWriter's thread, which would hide a failure or lose events at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return EventsWriter(str(folder / "events"))
 
 
 def wall_times(folder: Path) -> dict[int, float]:
