@@ -19,6 +19,8 @@ from utils import distributed
 from utils.errors import UserError
 
 SHARED = 0.7  # share of the cores' time below which other processes use them, too
+# The folder and the files with the CPU quota, "150000 100000", by the controller of a cgroup: versions 1 and 2.
+QUOTAS = {"cpu": ("sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"), "": ("sys/fs/cgroup", "cpu.max")}
 # The ways to run a training step.
 PLAIN, KERNELS, GRAPH, COMPILED = "PyTorch's operators", "fused kernels", "a CUDA graph", "a compiled CUDA graph"
 
@@ -107,8 +109,7 @@ def apply_execution(execution: Execution) -> None:
     """Set up this process: the kernels, cuDNN, the C library's memory, and the number of threads."""
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
         torch.set_num_threads(cores())  # more than a container's CPU quota would wait for each other
-    if execution.tunes_cudnn:
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = execution.tunes_cudnn
     if execution.code == KERNELS:
         fused.enable()
         _keep_freed_memory()
@@ -262,15 +263,11 @@ def _quotas(root: Path) -> Iterator[float]:
     with suppress(OSError):  # not Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if "cpu" in controllers.split(","):  # version 1
-                mount, files = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            elif not controllers:
-                mount, files = root / "sys/fs/cgroup", ("cpu.max",)  # "150000 100000"
-            else:
-                continue
-            folder = mount / path.lstrip("/")  # in a container it may be missing below its mount
-            for cgroup in (folder, *folder.parents):
-                with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
-                    quota, period = map(int, " ".join((cgroup / name).read_text() for name in files).split())
-                    if quota > 0:  # version 1 has -1 for no quota
-                        yield quota / period
+            for controller in QUOTAS.keys() & controllers.split(","):
+                mount, *files = QUOTAS[controller]
+                folder = root / mount / path.lstrip("/")  # in a container it may be missing below its mount
+                for cgroup in (folder, *folder.parents):
+                    with suppress(OSError, ValueError):  # there is no such file, or the quota is "max"
+                        quota, period = map(int, " ".join((cgroup / name).read_text() for name in files).split())
+                        if quota > 0:  # version 1 has -1 for no quota
+                            yield quota / period

@@ -1,7 +1,6 @@
 """Atomic writes, the lock of a folder, and dataclasses as plain values in files."""
 
 import atexit
-import errno
 import fcntl
 import glob
 import json
@@ -143,12 +142,12 @@ class Lock:
         try:
             # A record lock: the worker processes that read images would inherit a lock of flock.
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{self.path.parent} is in use by {_name(_owner(file))}: wait for its end, end it, or choose "
-                    "another --job_dir"
-                ) from error
+        except (PermissionError, BlockingIOError) as error:
+            raise UserError(
+                f"{self.path.parent} is in use by {_name(_owner(file))}: wait for its end, end it, or choose another "
+                "--job_dir"
+            ) from error
+        except OSError:
             has_locks = False
         owner, age = _owner(file), time.time() - os.fstat(file.fileno()).st_mtime
         if owner and age < FRESH and not self._has_ended(owner, has_locks):
