@@ -28,10 +28,10 @@ from utils.checkpoint import Inputs, Meta
 from utils.config import Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.metrics import accuracy, evaluate
+from utils.metrics import accuracy
 from utils.report import Results
-from utils.setup import Run, prepare, run_script, standard_network
-from utils.tables import Row, read_row, standard_name
+from utils.setup import Run, prepare, run_script
+from utils.tables import Row, read_row
 from utils.teacher import check_unseen
 
 
@@ -96,26 +96,19 @@ def export_alone(run: Run, student: nn.Module, meta: Meta) -> None:
 
 def results(run: Run, trainer: Trainer, before: nn.Module, source: Meta) -> Results:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
-    config, size, splits = run.config, run.dataset.input_size, (run.loaders.val, run.loaders.test)
-    now, then, known = config.recorded(), source.config, {}
+    now, then, known = run.config.recorded(), source.config, {}
     if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "labels", "val_size")):
         known = {row.role: row for row in map(read_row, source.networks or [])}
-    standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
-    found = [None, None]
-    if run.teacher:
-        found = [accuracy(standard, batches) for batches in splits]
-    elif "standard" in known and config.teacher_model == then["teacher_model"]:
-        found = [known["standard"].val, known["standard"].test]
-    rows = [Row(standard_name(config.teacher_model), "standard", count(standard, size), *found, standard)]
-    found = [accuracy(before, batches) for batches in splits]
-    rows.append(Row("student, before", "before", count(before, size), *found, before))
-    scores = [evaluate(trainer.learner, batches, confusion_of=0) for batches in splits]
-    (val,), (test,) = (split.accuracies() for split in scores)
-    best = trainer.best_student
-    rows.append(Row("student, refined", "student", count(best, size), val, test, best, exported=True))
+    found = Results.of(run, trainer)
+    standard, refined = found.rows
+    refined.name = "student, refined"
+    if not run.teacher and "standard" in known and run.config.teacher_model == then["teacher_model"]:
+        standard.val, standard.test = known["standard"].val, known["standard"].test
+    accuracies = [accuracy(before, batches) for batches in (run.loaders.val, run.loaders.test)]
+    found.rows.insert(1, Row("student, before", "before", count(before, run.dataset.input_size), *accuracies, before))
     if "online_teacher" in known:
-        rows.append(known["online_teacher"])
-    return Results(rows, scores[1].confusion)
+        found.rows.append(known["online_teacher"])
+    return found
 
 
 if __name__ == "__main__":

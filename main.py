@@ -30,13 +30,11 @@ from model.weights import load_weights, place
 from utils import checkpoint, report
 from utils.checkpoint import Inputs, Meta, TrainingCheckpoint
 from utils.config import AUTO, BEST, RESUME_LAST, Config
-from utils.cost import count
-from utils.engine import Trainer
 from utils.methods import METHODS
 from utils.metrics import accuracy, evaluate
 from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
-from utils.tables import ONLINE_TEACHER, Row, standard_name
+from utils.tables import ONLINE_TEACHER
 
 
 def main(config: Config) -> None:
@@ -54,7 +52,7 @@ def main(config: Config) -> None:
     trainer, meta = run.trainer(learner), describe_run(run, learner, start, budget)
     run.train(trainer, meta, notes)
 
-    report.publish(run, trainer, meta, results(run, trainer))
+    report.publish(run, trainer, meta, Results.of(run, trainer))
     run.end()
 
 
@@ -101,28 +99,6 @@ def describe_run(run: Run, learner: Students, start: str, budget: list[list[floa
         inputs=Inputs.of(run.dataset, config.data_dir, run.teacher),
         config=recorded,
     )
-
-
-def results(run: Run, trainer: Trainer) -> Results:
-    """The networks of this run, the standard one first, and their accuracies. The test set is evaluated only here."""
-    config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
-    splits, name = (run.loaders.val, run.loaders.test), standard_name(config.teacher_model)
-    scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
-    val, test = (split.accuracies() for split in scores)
-    if config.pretrain:
-        rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
-        return Results(rows, scores[1].confusion)
-    standard = run.teacher or standard_network(config, run.dataset)  # an untrained one, to compare costs with
-    known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
-    rows = [Row(name, "standard", count(standard, size), *known, standard)]
-    method, count_of = METHODS[config.method], len(learner.students)
-    names, mark = method.names(count_of), ", best" if len(method.candidates(count_of)) == count_of else ""
-    for i, student in enumerate(learner.students):
-        name, network = (f"{names[i]}{mark}", best) if student is best else (names[i], None)
-        rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
-    if len(val) > len(learner.students):
-        rows.append(Row(ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
-    return Results(rows, scores[1].confusion, scores[1].disagreement)
 
 
 def print_test(config: Config) -> None:

@@ -14,12 +14,14 @@ from torch import nn
 from model.online import Ensemble
 from utils import checkpoint, export, options, tables
 from utils.checkpoint import Meta
-from utils.cost import forward_pass, latency
+from utils.cost import count, forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
 from utils.files import atomic_write, to_plain
 from utils.job import read_metrics
-from utils.setup import Run
+from utils.methods import METHODS
+from utils.metrics import accuracy, evaluate
+from utils.setup import Run, standard_network
 from utils.tables import BATCHES, MARK, ONNX, PYTORCH, SPLITS, UNSTEADY, ClassAccuracy, Row
 
 MOST_CONFUSED = 100  # classes up to which report.json holds the confusion matrix
@@ -32,6 +34,28 @@ class Results:
     rows: list[Row]  # the standard network first; the exported one has its network
     confusion: np.ndarray  # (K, K) test images of the exported network by class (row) and predicted class (column)
     disagreement: float | None = None  # as in utils.metrics.Scores
+
+    @classmethod
+    def of(cls, run: Run, trainer: Trainer) -> "Results":
+        """Evaluate the networks of a run, in which the standard one is untrained if there is no pretrained teacher."""
+        config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
+        splits, name = (run.loaders.val, run.loaders.test), tables.standard_name(config.teacher_model)
+        scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
+        val, test = (split.accuracies() for split in scores)
+        if config.pretrain:
+            rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
+            return cls(rows, scores[1].confusion)
+        standard = run.teacher or standard_network(config, run.dataset)  # to compare costs with
+        known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
+        rows = [Row(name, "standard", count(standard, size), *known, standard)]
+        method, count_of = METHODS[config.method], len(learner.students)
+        names, mark = method.names(count_of), ", best" if len(method.candidates(count_of)) == count_of else ""
+        for i, student in enumerate(learner.students):
+            name, network = (f"{names[i]}{mark}", best) if student is best else (names[i], None)
+            rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
+        if len(val) > len(learner.students):
+            rows.append(Row(tables.ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
+        return cls(rows, scores[1].confusion, scores[1].disagreement)
 
 
 def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
