@@ -26,8 +26,6 @@ DESCRIPTIONS = {
     "finetune": "Refine a compressed student.",
 }
 _CONVOLUTIONS = ("conv", "groups", "pruned_num", "macs", "max_drop")
-# Fields that describe a network, and their keys in the metadata of its file.
-_STATED = {"arch": "arch", "student_model": "model", "conv": "conv", "groups": "groups", "pruned_num": "pruned_num"}
 MAY_CHANGE = {flag_name(field.name) for field in flags() if field.metadata.get("may_change")}
 # Flags from which defaults of others follow.
 _CAUSES = ("pretrain", "method", "scheduler", "arch", "teacher_model", "student_model")
@@ -205,7 +203,8 @@ def for_refinement(config: Config, meta: "Meta") -> Config:
     Raises:
         UserError: a flag contradicts the metadata.
     """
-    stated = {name: getattr(meta, key) for name, key in _STATED.items()}
+    stated = {"arch": meta.arch, "student_model": meta.model, "conv": meta.conv, "groups": meta.groups}
+    stated["pruned_num"] = meta.pruned_num
     for name, value in stated.items():
         if (given := getattr(config, name)) not in (None, value):
             raise UserError(f"--{name} {given}, but {config.refine} says {value}: leave out --{name}")
@@ -244,10 +243,9 @@ def _fields(record: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
     """A recorded configuration in which the flags that its version lacked describe what that version did."""
-    method = "scratch" if config.get("pretrain") else "od"
+    then = {"method": "scratch" if config.get("pretrain") else "od", "init": "random"}
     if config.get("refine"):
-        method = "kd" if config.get("miu") else "scratch"
-    then = {"method": method, "init": None if config.get("refine") else "random"}
+        then = {"method": "kd" if config.get("miu") else "scratch", "init": None}
     then |= {"warmup_epochs": 0.0, "rampup_epochs": 0.0}
     return Config().recorded() | then | config
 
