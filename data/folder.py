@@ -1,6 +1,5 @@
 """Folders of image files with their classes, from a tree or a CSV file: small images go to memory, others stream."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images import DamagedImage, OtherSize, SkippedImages, decode, read, usual_size
+from data.images import DamagedImage, OtherSize, decode, read, usual_size
 from data.labels import labeled_files
 from data.sources import DataSet, Split, channel_statistics
-from data.tree import Found, classified_files
+from data.tree import classified_files
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS
 
 LARGEST = 64  # pixels on each side of images that are kept in memory
 IMAGE_SIZE = 224  # default height and width of streamed images
@@ -30,14 +28,14 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
         labels: a CSV file with the classes of the images, see `labeled_files`. Default: they are in class folders.
 
     Raises:
-        UserError: as `classified_files`, `labeled_files` and `data_set`, or too many images cannot be read.
+        UserError: as `classified_files` and `labeled_files`, or too many images cannot be read.
     """
     root = data_dir.resolve()
-    found = labeled_files(root, labels) if labels else classified_files(root, ("train", "test", "val"))
-    dataset = data_set("folder", found)
+    uses = ("train", "test", "val")
+    dataset = labeled_files(root, labels) if labels else classified_files("folder", root, uses)
     if image_size:
         return streamed(dataset, image_size)
-    splits = {use: getattr(dataset, use) for use in ("train", "test", "val") if getattr(dataset, use)}
+    splits = {use: getattr(dataset, use) for use in uses if getattr(dataset, use)}
     paths = np.concatenate([split.images for split in splits.values()])
     size = usual_size(paths[_evenly(len(paths))])
     if max(size) > LARGEST:
@@ -53,13 +51,12 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
 
     dataset.skipped.add({paths[index]: reason for index, reason in damaged.items()})
     decoded = Split(images, np.concatenate([split.targets for split in splits.values()]))
-    uses = np.repeat(list(splits), list(map(len, splits.values())))
-    uses[list(damaged)] = ""
+    use_of = np.repeat(list(splits), list(map(len, splits.values())))
+    use_of[list(damaged)] = ""
     for use in splits:
-        splits[use] = decoded[uses == use]
+        splits[use] = decoded[use_of == use]
         if not len(splits[use]):
-            place = found.places.get(use) or found.places["val"]
-            raise UserError(f"none of the images in {place} can be read: repair them")
+            raise UserError(f"none of the images in {dataset.places[use]} can be read: repair them")
     padding = images.shape[1] // 8  # 4 pixels of 32, as in CIFAR's recipe
     mean, std = channel_statistics(splits["train"].images)
     remarks = [*dataset.remarks, *_likeness(splits["train"].images)]
@@ -71,40 +68,6 @@ def streamed(dataset: DataSet, image_size: int | None = None) -> DataSet:
     paths = dataset.train.images
     remarks = [*dataset.remarks, *_likeness(_readable(paths[_evenly(len(paths))]))]
     return replace(dataset, image_size=image_size or IMAGE_SIZE, remarks=remarks)
-
-
-def data_set(name: str, found: Found) -> DataSet:
-    """The paths of image files, sorted by class and path. Without a split test, val is the test set.
-
-    Raises:
-        UserError: a split has no images or a class that train lacks, or classes are too few.
-    """
-    classes = sorted(found.files["train"])
-    if len(classes) < 2:
-        raise UserError(
-            f"{found.places['train']} holds {len(classes)} class(es), at least 2 are needed: {found.layout}"
-        )
-    splits = {}
-    for use, by_class in found.files.items():
-        if unknown := sorted(by_class.keys() - classes):
-            raise UserError(f"{found.places[use]} has a class that train does not have: {unknown[0]}")
-        if not any(by_class.values()):
-            raise UserError(f"no images in {found.places[use]}: {found.layout}")
-        files = [sorted(by_class.get(name, [])) for name in classes]
-        if use == "train" and not all(files):
-            raise UserError(
-                f"no images in {found.places[use]} of the class {classes[files.index([])]}: add some that Pillow reads"
-            )
-        # Bytes take a fraction of the memory of a million strings, and worker processes share them.
-        paths = np.array([os.fsencode(path) for paths in files for path in paths])
-        splits[use] = Split(paths, np.repeat(np.arange(len(classes)), list(map(len, files))))
-    if "test" not in splits:
-        splits["test"] = splits.pop("val")
-    mean, std = NORMALIZATIONS["imagenet"]
-    skipped = SkippedImages(sum(map(len, splits.values())))
-    return DataSet(
-        name, classes, **splits, mean=mean, std=std, padding=0, flip=True, skipped=skipped, remarks=found.remarks
-    )
 
 
 def _evenly(count: int) -> np.ndarray:

@@ -8,23 +8,23 @@ from typing import TextIO
 
 import numpy as np
 
-from data.sources import stratified_split
-from data.tree import SPLITS, Found
+from data.sources import DataSet, of_files, stratified_split
+from data.tree import SPLITS
 from utils.errors import UserError
 
 LAYOUT = "expected rows of train and of test (or val), of at least two labels"
 HELD_OUT = 5  # without the column split, one image of so many is a test image
 
 
-def labeled_files(root: Path, file: Path) -> Found:
-    """The image files that a CSV file names, with their labels as classes.
+def labeled_files(root: Path, file: Path) -> DataSet:
+    """The data set of the image files that a CSV file names, with their labels as classes.
 
     Its columns are `path` (below root, or absolute), `label`, and optionally `split` (train, test or val); others are
     ignored. Without `split`, a fifth of the images, stratified and always the same, is the test set.
 
     Raises:
         UserError: the file cannot be read, lacks a column or a split, or a row is not complete, names a missing file,
-            or the file of another row.
+            or the file of another row; as `of_files` does.
     """
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -47,7 +47,7 @@ def labeled_files(root: Path, file: Path) -> Found:
         files.setdefault(use, {}).setdefault(label, []).append(path)
     if "train" not in files or len(files) == 1:
         raise UserError(f"{file} has {' and '.join(files)} rows alone: {LAYOUT}")
-    return Found(files, {use: f"{file} (split {use})" for use in files}, LAYOUT, remarks)
+    return of_files("folder", files, {use: f"{file} (split {use})" for use in files}, LAYOUT, remarks)
 
 
 def _rows(root: Path, file: Path, stream: TextIO) -> Iterator[tuple[str, str, str | None]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.folder import data_set, streamed
+from data.folder import streamed
 from data.sources import DataSet, Split, channel_statistics
 from data.tree import classified_files, is_image
 from utils.distributed import first_on_each_machine
@@ -101,7 +101,7 @@ def imagenet(data_dir: Path, image_size: int | None = None) -> DataSet:
     with first_on_each_machine():
         for split in ("train", "val"):
             _unpack(root, split)
-    return streamed(data_set("imagenet", classified_files(root, ("train", "val"))), image_size)
+    return streamed(classified_files("imagenet", root, ("train", "val")), image_size)
 
 
 def _unpack(root: Path, split: str) -> None:

@@ -4,37 +4,22 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from data.images import extensions
+from data.sources import DataSet, of_files
 from utils.errors import UserError
 
 LAYOUT = "expected train/<class>/* and test/<class>/* (or val/<class>/*), or --labels FILE.csv"
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}  # names and their use
 
 
-class Found(NamedTuple):
-    """Image files by use ("train", "test" or "val") and class.
-
-    Attributes:
-        places: for messages, by use: where the files are listed.
-        layout: for messages: what is expected there.
-        remarks: notes for the log and the report.
-    """
-
-    files: dict[str, dict[str, list[str]]]
-    places: dict[str, str]
-    layout: str
-    remarks: list[str]
-
-
-def classified_files(root: Path, uses: Sequence[str]) -> Found:
-    """The image files below root/<split>/<class> for those of `uses` that exist.
+def classified_files(name: str, root: Path, uses: Sequence[str]) -> DataSet:
+    """The data set of the image files below root/<split>/<class> for those of `uses` that exist.
 
     Names that begin with "." or "@" are left out, links to folders are followed, and valid/ and validation/ mean val/.
 
     Raises:
-        UserError: a split is missing, has two folders, or has images but no class folders.
+        UserError: a split is missing, has two folders, or has images but no class folders; as `of_files` does.
     """
     folders, remarks = _split_folders(root, uses)
     files, others, loose = {}, [], []
@@ -62,7 +47,7 @@ def classified_files(root: Path, uses: Sequence[str]) -> Found:
         )
     if loose:
         remarks.append(f"Left out: {len(loose):,} images beside the class folders, such as {min(loose)}.")
-    return Found(files, {use: str(folder) for use, folder in folders.items()}, LAYOUT, remarks)
+    return of_files(name, files, folders, LAYOUT, remarks)
 
 
 def _split_folders(root: Path, uses: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
