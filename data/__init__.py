@@ -45,7 +45,7 @@ def load(
         workers: threads that decode images to memory.
         image_size: height and width of streamed images, by default 224. With it, small images stream, too.
         train_size: fraction (below 1) or number of the remaining training images to keep, stratified. Default: all.
-        labels: CSV file with the classes of a folder's images, which then need no class folders (data/labels.py).
+        labels: CSV file with the classes of a folder's images, which then need no class folders (data/files.py).
 
     Raises:
         UserError: the name is unknown, the data is missing or malformed, image_size or labels are given for a data

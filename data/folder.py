@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import classified_files, labeled_files
 from data.images import DamagedImage, OtherSize, decode, read, usual_size
-from data.labels import labeled_files
 from data.sources import DataSet, Split, channel_statistics
-from data.tree import classified_files
 from utils.errors import UserError
 
 LARGEST = 64  # pixels on each side of images that are kept in memory
@@ -31,13 +30,12 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
         UserError: as `classified_files` and `labeled_files`, or too many images cannot be read.
     """
     root = data_dir.resolve()
-    uses = ("train", "test", "val")
-    dataset = labeled_files(root, labels) if labels else classified_files("folder", root, uses)
+    dataset = labeled_files(root, labels) if labels else classified_files("folder", root, ("train", "test", "val"))
     if image_size:
         return streamed(dataset, image_size)
-    splits = {use: getattr(dataset, use) for use in uses if getattr(dataset, use)}
+    splits = {use: getattr(dataset, use) for use in dataset.places}
     paths = np.concatenate([split.images for split in splits.values()])
-    size = usual_size(paths[_evenly(len(paths))])
+    size = usual_size(_evenly(paths))
     if max(size) > LARGEST:
         return streamed(dataset)
     try:
@@ -65,14 +63,13 @@ def folder(data_dir: Path, workers: int, image_size: int | None = None, labels: 
 
 def streamed(dataset: DataSet, image_size: int | None = None) -> DataSet:
     """The data set with crops of its images, which are read from their files in every epoch."""
-    paths = dataset.train.images
-    remarks = [*dataset.remarks, *_likeness(_readable(paths[_evenly(len(paths))]))]
+    remarks = [*dataset.remarks, *_likeness(_readable(_evenly(dataset.train.images)))]
     return replace(dataset, image_size=image_size or IMAGE_SIZE, remarks=remarks)
 
 
-def _evenly(count: int) -> np.ndarray:
-    """Up to COMPARED indices from 0 to count - 1."""
-    return np.unique(np.linspace(0, count - 1, COMPARED).round().astype(int))
+def _evenly(paths: np.ndarray) -> np.ndarray:
+    """Up to COMPARED of the paths, from the first to the last."""
+    return paths[np.unique(np.linspace(0, len(paths) - 1, COMPARED).round().astype(int))]
 
 
 def _readable(paths: Sequence[bytes]) -> Iterator[np.ndarray]:

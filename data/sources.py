@@ -13,7 +13,6 @@ import numpy as np
 
 from data.images import SkippedImages
 from utils.errors import UserError
-from utils.normalization import NORMALIZATIONS
 
 
 @dataclass(frozen=True)
@@ -205,43 +204,6 @@ def digits() -> DataSet:
     test, train = (images[chosen] for chosen in stratified_split(targets, 360))
     mean, std = channel_statistics(train.images)
     return DataSet("digits", list("0123456789"), train, test, mean, std, padding=1, flip=False)
-
-
-def of_files(
-    name: str, files: dict[str, dict[str, list[str]]], places: dict[str, Any], layout: str, remarks: Sequence[str]
-) -> DataSet:
-    """A data set of image files, sorted by class and path, with ImageNet's normalization.
-
-    Args:
-        files: paths by use ("train", "test" or "val") and class. Without "test", "val" is the test set.
-        places: for messages, by use: where the files are listed.
-        layout: for messages: what is expected there.
-
-    Raises:
-        UserError: a split has no images or a class that train lacks, or classes are too few.
-    """
-    classes = sorted(files["train"])
-    if len(classes) < 2:
-        raise UserError(f"{places['train']} holds {len(classes)} class(es), at least 2 are needed: {layout}")
-    splits = {}
-    for use, by_class in files.items():
-        if unknown := sorted(by_class.keys() - classes):
-            raise UserError(f"{places[use]} has a class that train does not have: {unknown[0]}")
-        if not any(by_class.values()):
-            raise UserError(f"no images in {places[use]}: {layout}")
-        lists = [sorted(by_class.get(name, [])) for name in classes]
-        if use == "train" and not all(lists):
-            empty = classes[lists.index([])]
-            raise UserError(f"no images in {places[use]} of the class {empty}: add some that Pillow reads")
-        # Bytes take a fraction of the memory of a million strings, and worker processes share them.
-        paths = np.array([os.fsencode(path) for paths in lists for path in paths])
-        splits[use] = Split(paths, np.repeat(np.arange(len(classes)), list(map(len, lists))))
-    if "test" not in splits:
-        splits["test"], places["test"] = splits.pop("val"), places.pop("val")
-    mean, std = NORMALIZATIONS["imagenet"]
-    skipped = SkippedImages(sum(map(len, splits.values())))
-    options = {"skipped": skipped, "remarks": remarks, "places": places}
-    return DataSet(name, classes, **splits, mean=mean, std=std, padding=0, flip=True, **options)
 
 
 def first_difference(known: Sequence[str], given: Sequence[str]) -> str | None:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.files import classified_files, is_image
 from data.folder import streamed
 from data.sources import DataSet, Split, channel_statistics
-from data.tree import classified_files, is_image
 from utils.distributed import first_on_each_machine
 from utils.errors import UserError
 from utils.normalization import NORMALIZATIONS, MeanStd
