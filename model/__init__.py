@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from model import external
-from model.conv import cheap_convs, cheap_in, standard_convs
+from model.conv import cheap_convs, cheap_in, initialize, standard_convs
 from model.convert import RULE, checked
 from model.subsample import subsample_first
 from utils.errors import UserError
@@ -113,6 +113,7 @@ def build(
         chosen = None if replaced is None else _numbers(standard, replaced, kwargs)
         plan = partial(cheap_convs, **cheap, chosen=chosen) if is_sparse(name) else standard_convs
         network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
+        initialize(network)
     subsample_first(network)
     # For students that start from its weights, and for its file.
     network.variant = kwargs if replaced is None else kwargs | {"replaced": list(replaced)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from model.shift import Padding, Pair, Shift2d, frozen_conv, pad_same, same_padding, shift_filters
+from model.shift import Padding, Pair, Shift2d, frozen_conv, pad_same, same_padding
 from model.subsample import subsample_first
 from utils.errors import UserError
 
@@ -124,8 +124,7 @@ class CheapConv2d(nn.Module):
         weight = weight.detach().double().cpu()
         out_channels, in_channels = weight.shape[:2]
         if isinstance(self.spatial, Shift2d):
-            taps = shift_filters(in_channels, self.spatial.kernel_size).squeeze(1).double()
-            columns = torch.einsum("oikl,ikl->oi", weight, taps)
+            columns = torch.einsum("oikl,ikl->oi", weight, self.spatial.weight.squeeze(1).double())
             self.pointwise.weight.copy_(columns[..., None, None])
             return (weight.square().sum() - columns.square().sum()).item()
         groups, n = self.spatial.groups, in_channels // self.spatial.groups
@@ -156,9 +155,8 @@ class CheapConv2d(nn.Module):
         `wide` channels are merged; if that takes all channels, both stages become one dense convolution. A shift is a
         depthwise convolution.
         """
-        is_shift = isinstance(self.spatial, Shift2d)
-        filters = shift_filters(self.spatial.channels) if is_shift else self.spatial.weight.detach()
-        (channels, group, *kernel), groups = filters.shape, len(filters) // filters.shape[1]
+        filters, groups = self.spatial.weight.detach(), self.spatial.groups
+        channels, group, *kernel = filters.shape
         if 1 < group < wide:
             merged = next((n for n in range(1, groups) if groups % n == 0 and n * group >= wide), groups)
             if merged == groups:

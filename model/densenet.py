@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
+from model.conv import ConvPlan, Network, standard_conv, standard_convs
 from model.fused import norm_relu
 
 GROWTH = 12
@@ -15,22 +15,17 @@ GROWTH = 12
 class DenseLayer(nn.Module):
     """BN - ReLU - conv, and its output behind its input. (B, C, H, W) -> (B, C + GROWTH, H, W)."""
 
-    def __init__(self, in_channels: int, conv: Conv):
+    def __init__(self, conv: nn.Module):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = conv(in_channels, GROWTH)
+        self.bn1 = nn.BatchNorm2d(conv.in_channels)
+        self.conv1 = conv
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv1(norm_relu(self.bn1, x))], dim=1)
 
 
-class Transition(nn.Module):
-    """BN - ReLU - 1 x 1 conv - average pool. (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv1 = standard_conv(channels, channels, 1)
+class Transition(DenseLayer):
+    """BN - ReLU - conv - average pool. (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(self.conv1(norm_relu(self.bn1, x)), 2, ceil_mode=True)
@@ -50,15 +45,16 @@ class DenseNet(Network):
         channels = 2 * GROWTH
         self.conv1 = standard_conv(3, channels)
         for block in (1, 2, 3):
-            dense = nn.Sequential(*(DenseLayer(channels + i * GROWTH, next(plan)) for i in range(layers)))
+            dense = nn.Sequential()
+            for _ in range(layers):
+                dense.append(DenseLayer(next(plan)(channels, GROWTH)))
+                channels += GROWTH
             self.add_module(f"dense{block}", dense)
-            channels += layers * GROWTH
             if block < 3:
-                self.add_module(f"trans{block}", Transition(channels))
+                self.add_module(f"trans{block}", Transition(standard_conv(channels, channels, 1)))
         self.num_features = channels
         self.bn = nn.BatchNorm2d(self.num_features)
         self.fc = nn.Linear(self.num_features, num_classes)
-        initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, after BN and ReLU, (B, num_features, ceil(H / 4), ceil(W / 4))."""

@@ -69,6 +69,11 @@ class FusedSequential(nn.Sequential):
         return x
 
 
+def with_norm_relu(*convs: nn.Module) -> list[nn.Module]:
+    """Layers of a `FusedSequential`: each of these convolutions with BatchNorm and ReLU."""
+    return [layer for conv in convs for layer in (conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU())]
+
+
 @functools.cache
 def _dense_up_to(dtype: torch.dtype) -> int:
     """The channels up to which a dense convolution is faster than a group convolution and its pointwise stage.

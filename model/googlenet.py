@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
-from model.fused import FusedSequential
+from model.conv import Conv, ConvPlan, Network, standard_conv, standard_convs
+from model.fused import FusedSequential, with_norm_relu
 
 # Channels of each inception: 1 x 1; reduction and 3 x 3; reduction and the pair of 3 x 3; projection after the pool.
 INCEPTIONS = {
@@ -37,25 +37,15 @@ class Inception(nn.Module):
         super().__init__()
         one, reduce3, three, reduce5, five, pool = channels
         self.out_channels = one + three + five + pool
-        self.b1 = FusedSequential(*_pointwise(in_channels, one))
-        self.b2 = FusedSequential(*_pointwise(in_channels, reduce3), *_unit(next(plan)(reduce3, three), three))
-        self.b3 = FusedSequential(
-            *_pointwise(in_channels, reduce5),
-            *_unit(next(plan)(reduce5, five), five),
-            *_unit(next(plan)(five, five), five),
-        )
-        self.b4 = FusedSequential(nn.MaxPool2d(3, stride=1, padding=1), *_pointwise(in_channels, pool))
+        self.b1 = FusedSequential(*with_norm_relu(standard_conv(in_channels, one, 1)))
+        self.b2 = FusedSequential(*with_norm_relu(standard_conv(in_channels, reduce3, 1), next(plan)(reduce3, three)))
+        convs = standard_conv(in_channels, reduce5, 1), next(plan)(reduce5, five), next(plan)(five, five)
+        self.b3 = FusedSequential(*with_norm_relu(*convs))
+        pooling = nn.MaxPool2d(3, stride=1, padding=1)
+        self.b4 = FusedSequential(pooling, *with_norm_relu(standard_conv(in_channels, pool, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.b1(x), self.b2(x), self.b3(x), self.b4(x)], dim=1)
-
-
-def _unit(conv: nn.Module, channels: int) -> list[nn.Module]:
-    return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
-
-
-def _pointwise(in_channels: int, channels: int) -> list[nn.Module]:
-    return _unit(standard_conv(in_channels, channels, 1), channels)
 
 
 class GoogLeNet(Network):
@@ -70,13 +60,12 @@ class GoogLeNet(Network):
     def __init__(self, num_classes: int = 10, convs: ConvPlan = standard_convs):
         super().__init__()
         plan = iter(convs(3 * len(INCEPTIONS)))
-        self.pre_layers = FusedSequential(*_unit(standard_conv(3, 192), 192))
+        self.pre_layers = FusedSequential(*with_norm_relu(standard_conv(3, 192)))
         self.num_features = 192
         for name, channels in INCEPTIONS.items():
             self.add_module(name, Inception(self.num_features, channels, plan))
             self.num_features = self.get_submodule(name).out_channels
         self.linear = nn.Linear(self.num_features, num_classes)
-        initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 4), ceil(W / 4))."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from model.external import FROM_TENSORFLOW, is_external
-from model.weights import check_match, load_weights, outline
+from model.weights import build_with, outline
 from utils.errors import UserError
 from utils.files import is_state_dict
 from utils.normalization import NORMALIZATIONS, MeanStd
@@ -109,9 +109,7 @@ def load(
         raise UserError(
             f"{source}: the file has several such state dicts, {', '.join(fitting)}: save one of them alone"
         )
-    check_match(file.network, file.weights, source)
-    network = builder(**file.variant)
-    load_weights(network, file.weights, source)
+    network = build_with(file.weights, partial(builder, **file.variant), source)
     project = next(project for project in PROJECTS if project.recognizes(file))
     normalization = project.normalization(name) if callable(project.normalization) else project.normalization
     place = f" under '{file.wrapper}'" if file.wrapper else ""

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.conv import CheapConv2d
 from model.convert import replaced
-from model.shift import Shift2d, pad_same, shift_filters
+from model.shift import Shift2d, pad_same
 
 POSITIONS = 10_000  # of each feature map, over all images, drawn at random
 ROUNDS = 10  # of alternating least squares
@@ -134,10 +134,8 @@ def _fit(cheap: CheapConv2d, patches: Tensor, outputs: Tensor) -> None:
     if pointwise.bias is not None:
         patches, outputs = patches - mean_x, outputs - mean_y
     learns = not isinstance(spatial, Shift2d)
-    filters = spatial.weight if learns else shift_filters(cheap.in_channels, spatial.kernel_size).to(patches)
-    groups = spatial.groups if learns else cheap.in_channels
-    n = cheap.in_channels // groups
-    s = filters.cpu().double().reshape(groups, n, -1)  # MPS has no float64
+    groups, n = spatial.groups, cheap.in_channels // spatial.groups
+    s = spatial.weight.cpu().double().reshape(groups, n, -1)  # MPS has no float64
     xx = (patches.T @ patches).cpu().double().reshape(groups, s.shape[2], groups, s.shape[2])
     yx = (outputs.T @ patches).cpu().double().reshape(-1, groups, s.shape[2])
 

@@ -7,7 +7,7 @@ from itertools import islice
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, Network, initialize, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, standard_conv, standard_convs
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
 from utils.errors import UserError
 
@@ -140,7 +140,6 @@ class ResNet(Network):
                 self.num_features = channels * form.expansion
             self.add_module(name, stage)
         self.fc = nn.Linear(self.num_features, num_classes)
-        initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, (B, num_features, H', W').

@@ -61,7 +61,8 @@ class Shift2d(nn.Module):
     with arXiv 1909.13063). (B, C, H, W) in NCHW or channels_last.
 
     It is a depthwise convolution with a single 1 in each filter and has its arguments and attributes: a kernel_size
-    (k_y, k_x), a padding (by default one that keeps the size), a dilation that multiplies the offsets, a padding_mode.
+    (k_y, k_x), a padding (by default one that keeps the size), a dilation that multiplies the offsets, a padding_mode,
+    groups, and the filters as `weight`, which is no parameter and always on the CPU.
 
     Raises:
         UserError (a ValueError): an even kernel, which has no center, without a padding.
@@ -82,7 +83,8 @@ class Shift2d(nn.Module):
             padding = same_padding(kernel_size, dilation)
         window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
         conv = nn.Conv2d(channels, channels, kernel_size, groups=channels, bias=False, device="meta", **window)
-        self.channels, self.kernel_size, self.dilation = channels, conv.kernel_size, conv.dilation
+        self.channels = self.groups = channels
+        self.kernel_size, self.dilation = conv.kernel_size, conv.dilation
         self.padding, self.padding_mode = conv.padding, padding_mode
         self.register_parameter("bias", None)
         self.pad = tuple(conv._reversed_padding_repeated_twice)  # in the order of F.pad, as the next one
@@ -97,16 +99,19 @@ class Shift2d(nn.Module):
             usual = self.kernel_size == (3, 3) and self.dilation == (1, 1)
             if usual and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and not x.is_contiguous():
                 # In channels_last, strided channels are far apart in memory, and PyTorch's convolution is faster.
-                return F.conv2d(x, shift_filters(self.channels).to(x.dtype), padding=1, groups=self.channels)
+                return F.conv2d(x, self.weight.to(x.dtype), padding=1, groups=self.channels)
             return _Shift.apply(x, self.kernel_size, self.dilation)
         x = F.pad(x, self.pad, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         return F.pad(_Shift.apply(x, self.kernel_size, self.dilation), [-side for side in self.crop])
 
+    @property
+    def weight(self) -> Tensor:
+        return shift_filters(self.channels, self.kernel_size)
+
     def as_conv(self) -> nn.Conv2d:
         """The depthwise convolution, with frozen weights, that computes the same of finite numbers."""
-        filters = shift_filters(self.channels, self.kernel_size).clone()
         window = {"padding": self.padding, "dilation": self.dilation, "padding_mode": self.padding_mode}
-        return frozen_conv(filters, groups=self.channels, **window)
+        return frozen_conv(self.weight.clone(), groups=self.channels, **window)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"

@@ -81,24 +81,20 @@ class _RootTracer(fx.Tracer):
 def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[int]) -> tuple[fx.Node, int]:
     """The node of the feature map at which to split, and its number of channels."""
     channels, height, width = input_size
-    shapes, error = {}, None
     for size in ((max(height, 224), max(width, 224)), (height, width)):
         try:
             shapes = _shapes(network, graph, (2, channels, *size))
             break
         except Exception as exception:  # a network of others may raise anything
             error = exception
-    if not shapes:
+    else:
         raise UserError(f"{type(network).__name__} does not take images of {height} x {width}: {first_line(error)}")
-    nodes = list(graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
-    maps = [
-        node
-        for i, node in enumerate(nodes)
-        if len(shapes.get(node, ())) == 4
-        and node.op != "placeholder"
-        and all(position[source] >= i for later in nodes[i + 1 :] for source in later.all_input_nodes)
-    ]
+    maps, reach = [], 0  # reach: how far the nodes so far are used
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node, i in position.items():
+        if reach <= i and len(shapes.get(node, ())) == 4 and node.op != "placeholder":
+            maps.append(node)
+        reach = max([reach, *(position[user] for user in node.users)])
     if not maps:
         raise UserError(
             f"{type(network).__name__} has no feature map (B, C, H, W) that all of its logits are computed from: give "
@@ -110,18 +106,10 @@ def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[
 
 def _shapes(network: nn.Module, graph: fx.Graph, size: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
     """The shape of every tensor in the graph, found on the meta device."""
-    shapes = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> object:
-            result = super().run_node(node)
-            if isinstance(result, Tensor):
-                shapes[node] = result.shape
-            return result
-
+    interpreter = fx.Interpreter(_on_meta(network), garbage_collect_values=False, graph=graph)
     with torch.no_grad():
-        Recorder(_on_meta(network), graph=graph).run(torch.empty(size, device="meta"))
-    return shapes
+        interpreter.run(torch.empty(size, device="meta"))
+    return {node: value.shape for node, value in interpreter.env.items() if isinstance(value, Tensor)}
 
 
 def _function(network: nn.Module, nodes: list[fx.Node], source: fx.Node | None = None) -> Callable[..., Tensor]:

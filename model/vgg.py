@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.conv import ConvPlan, Network, initialize, standard_conv, standard_convs
-from model.fused import FusedSequential
+from model.conv import ConvPlan, Network, standard_conv, standard_convs
+from model.fused import FusedSequential, with_norm_relu
 from utils.errors import UserError
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -17,8 +17,6 @@ CLASSIFIERS = ("linear", "mlp", "norm")
 
 class VGG(Network):
     """Five stages of 3 x 3 convolutions, each with BatchNorm and ReLU, a max pool after every stage.
-
-    (B, 3, H, W) -> (B, num_classes) logits.
 
     Args:
         depths: convolutions a stage.
@@ -45,12 +43,11 @@ class VGG(Network):
         layers, in_channels = [], 3
         for depth, channels in zip(depths, WIDTHS, strict=True):
             for _ in range(depth):
-                layers += [next(plan)(in_channels, channels), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += with_norm_relu(next(plan)(in_channels, channels))
                 in_channels = channels
             layers.append(nn.MaxPool2d(2, ceil_mode=True))  # a single pixel stays one: images of any size will do
         self.features = FusedSequential(*(layers[:-1] if classifier == "norm" else layers))
         self.classifier = _classifier(classifier, self.num_features, hidden, num_classes)
-        initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> the last feature map, (B, num_features, ceil(H / 32), ceil(W / 32)); of 16ths for "norm"."""
