@@ -6,12 +6,11 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import library
 from model.kernels.conditions import vectors
-from model.kernels.library import Norm, Shape
 
 
 def infer_norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor:
     y, channels = torch.empty_like(x), x.shape[1]
-    tensors = x.data_ptr(), _pointer(residual), *_norm_pointers(norm), norm.eps, y.data_ptr()
+    tensors = x.data_ptr(), _pointer(residual), *_statistics(norm), y.data_ptr()
     library.current.norm_relu_infer(*tensors, x.numel() // channels, channels, *_run(x))
     return y
 
@@ -24,11 +23,9 @@ def infer_cheap_conv(
         filters = filters.contiguous()
     (batch, channels, height, width), out_channels = x.shape, mixing.shape[0]
     z = _empty(x, out_channels, stride)
-    tensors = x.data_ptr(), filters.data_ptr(), mixing.data_ptr(), _pointer(residual), *_norm_pointers(norm)
+    tensors = x.data_ptr(), filters.data_ptr(), mixing.data_ptr(), _pointer(residual), *_statistics(norm), z.data_ptr()
     shape = batch, height, width, channels, out_channels, stride
-    library.current.cheap_conv_infer(
-        *tensors, norm.eps, z.data_ptr(), *shape, filters.shape[1], filters.stride(3), *_run(x)
-    )
+    library.current.cheap_conv_infer(*tensors, *shape, filters.shape[1], filters.stride(3), *_run(x))
     return z
 
 
@@ -38,8 +35,8 @@ class NormReLU(torch.autograd.Function):
         y, coefficients = torch.empty_like(x), torch.empty(6, x.shape[1])
         ctx.save_for_backward(x, coefficients)
         size = x.numel() // x.shape[1], x.shape[1]
-        tensors = (*_pointers(x, residual), _norm(norm), *_pointers(y, coefficients))
-        library.current.norm_relu_forward(*tensors, *size, *_run(x))
+        inputs, outputs = (*_pointers(x, residual), *_statistics(norm)), _pointers(y, coefficients)
+        library.current.norm_relu_forward(*inputs, norm.momentum, *outputs, *size, *_run(x))
         return y
 
     @staticmethod
@@ -62,12 +59,12 @@ class CheapConvNormReLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         batch, channels, height, width = x.shape
-        ctx.shape = shape = Shape(batch, height, width, channels, len(pointwise), stride)
+        ctx.shape = batch, height, width, channels, len(pointwise), stride
         z = _empty(x, len(pointwise), stride)
         y, coefficients = torch.empty_like(z), torch.empty(6, len(pointwise))
         ctx.save_for_backward(x, filters, pointwise, y, coefficients)
         inputs, outputs = _pointers(x, filters, pointwise, residual), _pointers(y, z, coefficients)
-        library.current.cheap_conv_forward(*inputs, _norm(norm), *outputs, shape, *_run(x))
+        library.current.cheap_conv_forward(*inputs, *_statistics(norm), norm.momentum, *outputs, *ctx.shape, *_run(x))
         return z, x
 
     @staticmethod
@@ -82,7 +79,7 @@ class CheapConvNormReLU(torch.autograd.Function):
         grad_filters = torch.zeros_like(filters) if ctx.needs_input_grad[1] else None
         grad_weight, grad_bias = torch.empty(2, len(pointwise))
         tensors = grad, grad_skip, x, filters, pointwise, y, coefficients, grad_x, grad_filters, grad_pointwise
-        library.current.cheap_conv_backward(*_pointers(*tensors, grad_weight, grad_bias), ctx.shape, *_run(x))
+        library.current.cheap_conv_backward(*_pointers(*tensors, grad_weight, grad_bias), *ctx.shape, *_run(x))
         grad_residual = grad if ctx.needs_input_grad[7] else None
         return grad_x, grad_filters, grad_pointwise, grad_weight, grad_bias, None, None, grad_residual
 
@@ -104,15 +101,12 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [_pointer(tensor) for tensor in tensors]
 
 
-def _norm_pointers(norm: nn.BatchNorm2d) -> tuple[int, int, int, int]:
+def _statistics(norm: nn.BatchNorm2d) -> tuple[int | float, ...]:
+    """Its weight, bias, running mean and running variance, as pointers, and eps."""
     weight, bias, mean, var = vectors(norm)
-    return weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), var.data_ptr()
+    return weight.data_ptr(), bias.data_ptr(), mean.data_ptr(), var.data_ptr(), norm.eps
 
 
 def _run(x: Tensor) -> tuple[bool, int]:
     """The last arguments of every kernel: whether feature maps are bfloat16, and the threads to use."""
     return x.dtype == torch.bfloat16, torch.get_num_threads()
-
-
-def _norm(norm: nn.BatchNorm2d) -> Norm:
-    return Norm(*_norm_pointers(norm), norm.eps, norm.momentum)

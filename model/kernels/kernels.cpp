@@ -15,10 +15,11 @@ extern "C" {
 
 // y = relu(norm(x)) + residual
 void norm_relu_forward(
-    const void* x, const void* residual, Norm norm, void* y, float* coefficients, std::int64_t pixels, int channels,
-    int half, int threads
+    const void* x, const void* residual, const float* weight, const float* bias, float* mean, float* var, double eps,
+    double momentum, void* y, float* coefficients, std::int64_t pixels, int channels, int half, int threads
 ) {
     const Coefficients by(coefficients, channels);
+    const Norm norm{weight, bias, mean, var, eps, momentum};
     auto run = [&](const auto* x, const auto* residual, auto* y) {
         norm.train(moments(x, pixels, channels, threads), by);
         norm_relu(x, residual, by, y, pixels, channels, threads);
@@ -56,10 +57,13 @@ void norm_relu_backward(
 
 // y = pointwise(spatial(x)), which is for the backward pass; z = relu(norm(y)) + residual
 void cheap_conv_forward(
-    const void* x, const float* spatial, const float* pointwise, const void* residual, Norm norm, void* y, void* z,
-    float* coefficients, Shape shape, int half, int threads
+    const void* x, const float* spatial, const float* pointwise, const void* residual, const float* weight,
+    const float* bias, float* mean, float* var, double eps, double momentum, void* y, void* z, float* coefficients,
+    int batch, int height, int width, int in, int out, int stride, int half, int threads
 ) {
-    const Coefficients by(coefficients, shape.out);
+    const Shape shape{batch, height, width, in, out, stride};
+    const Coefficients by(coefficients, out);
+    const Norm norm{weight, bias, mean, var, eps, momentum};
     auto run = [&](const auto* x, const auto* residual, auto* y, auto* z) {
         norm.train(conv(x, spatial, pointwise, y, shape, threads), by);
         norm_relu(y, residual, by, z, shape.out_pixels(), shape.out, threads);
@@ -89,9 +93,10 @@ void cheap_conv_infer(
 void cheap_conv_backward(
     const void* grad, const void* grad_skip, const void* x, const float* spatial, const float* pointwise, const void* y,
     float* coefficients, void* grad_x, float* grad_spatial, float* grad_pointwise, float* grad_weight,
-    float* grad_bias, Shape shape, int half, int threads
+    float* grad_bias, int batch, int height, int width, int in, int out, int stride, int half, int threads
 ) {
-    const Coefficients by(coefficients, shape.out);
+    const Shape shape{batch, height, width, in, out, stride};
+    const Coefficients by(coefficients, out);
     auto run = [&](const auto* grad, const auto* grad_skip, const auto* x, const auto* y, auto* grad_x) {
         norm_relu_sums(grad, y, by, grad_weight, grad_bias, shape.out_pixels(), shape.out, threads);
         conv_grad(

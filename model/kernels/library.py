@@ -22,15 +22,6 @@ class KernelsUnavailable(Exception):
     """The kernels cannot be compiled or loaded on this machine; the message says why."""
 
 
-class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("batch", "height", "width", "in_channels", "out_channels", "stride")]
-
-
-class Norm(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "running_mean", "running_var")]
-    _fields_ += [(name, ctypes.c_double) for name in ("eps", "momentum")]
-
-
 def enable() -> None:
     """Use the compiled kernels from now on. The first time on a machine this takes a few seconds.
 
@@ -63,15 +54,14 @@ def _load() -> ctypes.CDLL:
         library = _open()
     except OSError as error:
         raise KernelsUnavailable(str(error)) from error
-    pointer, integer, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    real, run = ctypes.c_double, [integer] * 2
-    statistics = [pointer] * 4 + [real]
-    library.norm_relu_forward.argtypes = [pointer] * 2 + [Norm] + [pointer] * 2 + [count, integer] + run
-    library.norm_relu_backward.argtypes = [pointer] * 6 + [count, integer] + run
-    library.norm_relu_infer.argtypes = [pointer] * 2 + statistics + [pointer, count, integer] + run
-    library.cheap_conv_forward.argtypes = [pointer] * 4 + [Norm] + [pointer] * 3 + [Shape] + run
-    library.cheap_conv_backward.argtypes = [pointer] * 12 + [Shape] + run
-    library.cheap_conv_infer.argtypes = [pointer] * 4 + statistics + [pointer] + [integer] * 8 + run
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
+    norm, size, run = [pointer] * 4 + [real], [ctypes.c_int64, integer], [integer] * 2
+    library.norm_relu_forward.argtypes = [pointer] * 2 + norm + [real] + [pointer] * 2 + size + run
+    library.norm_relu_backward.argtypes = [pointer] * 6 + size + run
+    library.norm_relu_infer.argtypes = [pointer] * 2 + norm + [pointer] + size + run
+    library.cheap_conv_forward.argtypes = [pointer] * 4 + norm + [real] + [pointer] * 3 + [integer] * 6 + run
+    library.cheap_conv_backward.argtypes = [pointer] * 12 + [integer] * 6 + run
+    library.cheap_conv_infer.argtypes = [pointer] * 4 + norm + [pointer] + [integer] * 8 + run
     return library
 
 
