@@ -142,11 +142,10 @@ class CheapConv2d(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight (out, in, k, k) of the one convolution that both stages amount to; not for a shift."""
         spatial, groups = self.spatial.weight.float(), self.spatial.groups
-        out_channels, in_channels = self.pointwise.weight.shape[:2]
-        mixing = self.pointwise.weight.reshape(out_channels, groups, -1)
+        mixing = self.pointwise.weight.reshape(len(self.pointwise.weight), groups, -1)
         with torch.autocast(spatial.device.type, enabled=False):
-            dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, in_channels // groups, -1))
-        return dense.reshape(out_channels, in_channels, *spatial.shape[2:])
+            dense = torch.einsum("ogm,gmi->ogi", mixing, spatial.reshape(groups, mixing.shape[2], -1))
+        return dense.reshape(self.standard_shape)
 
     def as_convs(self, wide: int) -> nn.Module:
         """A plain one as the standard convolutions, with frozen weights, that runtimes compute fastest.

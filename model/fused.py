@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.kernels.compute import CheapConvNormReLU, NormReLU, infer_cheap_conv, infer_norm_relu
 from model.kernels.conditions import LANES, MOST_CHANNELS, applies, is_computable, is_itself, separable
-from model.kernels.library import KernelsUnavailable, check, disable, enable, kernels_hash  # noqa: F401
+from model.kernels.library import KernelsUnavailable, disable, enable, kernels_hash, load  # noqa: F401
 
 
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Reconstruction: cheap convolutions are fitted to the outputs of the standard ones, layer by layer, on images."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 import torch.nn.functional as F
@@ -58,16 +58,7 @@ def reconstruct(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor
 
 
 class _Seen(Exception):
-    """Ends a forward pass when its later layers are not needed."""
-
-
-def _watch(network: nn.Module, images: Tensor, modules: Sequence[nn.Module], see: Callable[..., None]) -> None:
-    """A forward pass in which `see` gets each call of these modules, (module, input, output); _Seen in it ends it."""
-    handles = [module.register_forward_hook(lambda module, x, y: see(module, x[0], y)) for module in modules]
-    with suppress(_Seen):
-        network(images)
-    for handle in handles:
-        handle.remove()
+    """Ends a forward pass whose later layers are not needed."""
 
 
 def _positions(y: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,36 +68,40 @@ def _positions(y: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.unravel_index(chosen.to(y.device), size)
 
 
-def _outputs(teacher: nn.Module, convs: Sequence[nn.Module], batches: Sequence[Tensor]) -> dict[nn.Module, list[Calls]]:
-    """The calls of each convolution in each batch, in the order of the forward pass."""
+def _outputs(teacher: nn.Module, convs: Sequence[nn.Module], batches: Sequence[Tensor]) -> dict[nn.Module, Calls]:
+    """The calls of each convolution for these batches, in the order of the forward pass."""
     found = {}
-    for i, images in enumerate(batches):
 
-        def keep(conv: nn.Module, _: Tensor, y: Tensor, i: int = i) -> None:
-            image, row, column = _positions(y, POSITIONS // len(batches))
-            found.setdefault(conv, [[] for _ in batches])[i].append((y.shape, y[image, :, row, column]))
+    def keep(conv: nn.Module, _: tuple[Tensor], y: Tensor) -> None:
+        image, row, column = _positions(y, POSITIONS // len(batches))
+        found.setdefault(conv, []).append((y.shape, y[image, :, row, column]))
 
-        _watch(teacher, images, convs, keep)
+    with ExitStack() as hooks:
+        for conv in convs:
+            hooks.enter_context(conv.register_forward_hook(keep))
+        for images in batches:
+            teacher(images)
     return found
 
 
 def _samples(
-    student: nn.Module, cheap: CheapConv2d, conv: nn.Conv2d, targets: Sequence[Calls], batches: Sequence[Tensor]
+    student: nn.Module, cheap: CheapConv2d, conv: nn.Conv2d, targets: Calls, batches: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Patches that the cheap convolution sees, (n, I k k), and the outputs (n, O) that it should have there."""
-    patches, outputs = [], []
-    for images, calls in zip(batches, targets, strict=True):
-        left = list(calls)
+    patches, outputs, left = [], [], list(targets)
+    calls = len(targets) // len(batches)
 
-        def take(_: nn.Module, x: Tensor, y: Tensor, left: Calls = left) -> None:
-            shape, target = left.pop(0)
-            found = _patches(cheap, x, _positions(y, POSITIONS // len(batches)))
-            patches.append(found)
-            outputs.append(target if y.shape == shape else F.linear(found, conv.weight.flatten(1), conv.bias))
-            if not left:
-                raise _Seen
+    def take(_: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        shape, target = left.pop(0)
+        found = _patches(cheap, inputs[0], _positions(y, POSITIONS // len(batches)))
+        patches.append(found)
+        outputs.append(target if y.shape == shape else F.linear(found, conv.weight.flatten(1), conv.bias))
+        if len(left) % calls == 0:
+            raise _Seen
 
-        _watch(student, images, [cheap], take)
+    for images in batches:
+        with suppress(_Seen), cheap.register_forward_hook(take):
+            student(images)
     return torch.cat(patches), torch.cat(outputs)
 
 

@@ -81,8 +81,8 @@ class Shift2d(nn.Module):
         super().__init__()
         if padding is None:
             padding = same_padding(kernel_size, dilation)
-        window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
-        conv = nn.Conv2d(channels, channels, kernel_size, groups=channels, bias=False, device="meta", **window)
+        self.window = {"padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        conv = nn.Conv2d(channels, channels, kernel_size, groups=channels, bias=False, device="meta", **self.window)
         self.channels = self.groups = channels
         self.kernel_size, self.dilation = conv.kernel_size, conv.dilation
         self.padding, self.padding_mode = conv.padding, padding_mode
@@ -110,8 +110,7 @@ class Shift2d(nn.Module):
 
     def as_conv(self) -> nn.Conv2d:
         """The depthwise convolution, with frozen weights, that computes the same of finite numbers."""
-        window = {"padding": self.padding, "dilation": self.dilation, "padding_mode": self.padding_mode}
-        return frozen_conv(self.weight.clone(), groups=self.channels, **window)
+        return frozen_conv(self.weight.clone(), groups=self.channels, **self.window)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}"

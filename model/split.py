@@ -15,8 +15,9 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
     """Raise a UserError unless the network follows the protocol, or can be split to, on images of input_size."""
     split(network, input_size)
     try:
+        shadow = copy.deepcopy(network).to("meta").eval()
         with torch.no_grad():
-            features = _on_meta(network).eval().forward_features(torch.empty(1, *input_size, device="meta"))
+            features = shadow.forward_features(torch.empty(1, *input_size, device="meta"))
     except Exception as error:  # a network of others may raise anything
         size = " x ".join(map(str, input_size[1:]))
         raise UserError(f"{name} does not take images of {size}: {first_line(error)}") from error
@@ -106,7 +107,8 @@ def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[
 
 def _shapes(network: nn.Module, graph: fx.Graph, size: tuple[int, ...]) -> dict[fx.Node, torch.Size]:
     """The shape of every tensor in the graph, found on the meta device."""
-    interpreter = fx.Interpreter(_on_meta(network), garbage_collect_values=False, graph=graph)
+    shadow = copy.deepcopy(network).to("meta")
+    interpreter = fx.Interpreter(shadow, garbage_collect_values=False, graph=graph)
     with torch.no_grad():
         interpreter.run(torch.empty(size, device="meta"))
     return {node: value.shape for node, value in interpreter.env.items() if isinstance(value, Tensor)}
@@ -122,7 +124,3 @@ def _function(network: nn.Module, nodes: list[fx.Node], source: fx.Node | None =
     if nodes[-1].op != "output":
         graph.output(copies[nodes[-1]])
     return type(fx.GraphModule(network, graph)).forward
-
-
-def _on_meta(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).to("meta")

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def as_it_was():
     yield
     fused.disable()
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
 
 
 def kernels_are_used():
@@ -73,7 +73,7 @@ def test_off_means_pytorch_alone():
 def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     assert str(used("auto")).startswith(f"{PLAIN} (no fused kernels: ")
     assert not kernels_are_used()
     with pytest.raises(UserError, match="--compile on has no fused kernels"):
@@ -83,7 +83,7 @@ def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path
 def test_where_the_cache_cannot_be_written_the_kernels_are_compiled_for_this_process(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     assert used("auto") == Execution(KERNELS)
     assert kernels_are_used()
 
@@ -92,7 +92,7 @@ def test_kernels_are_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     written = []
     for _ in range(2):
-        compiled._load.cache_clear()
+        compiled.load.cache_clear()
         fused.enable()
         (library,) = (tmp_path / "od-cheap-convolution").iterdir()
         written.append(library.stat().st_mtime_ns)

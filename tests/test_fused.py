@@ -619,9 +619,9 @@ esac
     script.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{script}' -m64")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     yield script
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
 
 
 def links(compiler):
@@ -640,7 +640,7 @@ def test_a_damaged_library_is_compiled_again(compiler, damage):
     damaged = {"nothing": content, "empty": b"", "cut off": content[:5000], "flipped byte": flipped}
     if damage in damaged:
         library.write_bytes(damaged[damage])
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     fused.enable()
     assert library.read_bytes() == content
     assert links(compiler) == (1 if damage == "nothing" else 2)
@@ -652,7 +652,7 @@ def test_the_library_belongs_to_what_native_means_to_the_compiler(compiler):
     fused.enable()
     first = fused.kernels_hash()
     compiler.write_text(compiler.read_text().replace("esac", "    *-E*) echo '#define __AVX2__ 1' ;;\nesac"))
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     fused.enable()
     assert fused.kernels_hash() != first
     assert links(compiler) == 2
@@ -666,7 +666,7 @@ def test_the_reason_given_is_the_first_line_that_says_error(compiler):
 
 def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled._load.cache_clear()
+    compiled.load.cache_clear()
     try:
         none = str(tmp_path / "none")
         for compiler, message in (("false", "false failed"), (none, "No such file"), ("'g++", "CXX='g.*quotation")):
@@ -674,4 +674,4 @@ def test_a_compiler_that_fails_is_reported(tmp_path, monkeypatch):
             with pytest.raises(fused.KernelsUnavailable, match=message):
                 fused.enable()
     finally:
-        compiled._load.cache_clear()
+        compiled.load.cache_clear()

@@ -97,7 +97,7 @@ def pick_execution(name: str, device: torch.device) -> Execution:
     try:
         if device.type != "cpu":
             raise fused.KernelsUnavailable(f"there are none for {device.type}")
-        fused.check()
+        fused.load()
     except fused.KernelsUnavailable as error:
         if name == "on":
             raise UserError(f"--compile on has no fused kernels: {error}; use auto or off") from error

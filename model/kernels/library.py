@@ -29,12 +29,7 @@ def enable() -> None:
         KernelsUnavailable: no compiler, or one that cannot build them.
     """
     global current
-    current = _load()
-
-
-def check() -> None:
-    """Compile or load the kernels without using them yet; raises as `enable` does."""
-    _load()
+    current = load()
 
 
 def disable() -> None:
@@ -49,7 +44,8 @@ def kernels_hash() -> str | None:
 
 
 @functools.cache
-def _load() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
+    """Compile or load the kernels without using them yet; raises as `enable` does."""
     try:
         library = _open()
     except OSError as error:
@@ -67,12 +63,10 @@ def _load() -> ctypes.CDLL:
 
 def _open() -> ctypes.CDLL:
     """The shared library, out of the user's cache, which has one for each source, compiler and kind of processor."""
-    value = os.environ.get("CXX") or ""
     try:
-        command = shlex.split(value)
+        command = shlex.split(os.environ.get("CXX") or "") or [shutil.which("g++") or shutil.which("c++")]
     except ValueError as error:  # quotes that do not end
-        raise KernelsUnavailable(f"CXX={value} cannot be split into words: {error}") from error
-    command = command or [shutil.which("g++") or shutil.which("c++")]
+        raise KernelsUnavailable(f"CXX={os.environ['CXX']} cannot be split into words: {error}") from error
     if command == [None]:
         raise KernelsUnavailable("there is no C++ compiler (g++)")
     name = f"kernels-{_key(command)}.so"
