@@ -76,7 +76,7 @@ class Meta:
         config: the recorded configuration of the run.
         preprocessing: `data.sources.Preprocessing` from file to pixels; older files lack it.
         rule: as in `model.convert.cheapen`; files before rule 2 do not state it.
-        budget: of each student that --pruned_num auto compared, as `utils.cost.Candidates.curve`.
+        budget: the students that --pruned_num auto compared, as `utils.cost.Candidates.curve` lists them.
         start: the weights from which training started, in words.
         accuracy: top-1 in % of an exported network, by split.
         networks: accuracy and cost of every network of the run.

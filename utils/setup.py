@@ -89,10 +89,7 @@ class Run:
         """The students and, with --pruned_num auto, those that were compared, as in `Meta.budget`.
 
         Args:
-            build: returns a student; its argument `replaced` names the cheap convolutions, None for those of the flags.
-
-        Raises:
-            UserError: no student keeps within the budget.
+            build: as for `Candidates`, which raise a UserError if no student keeps within the budget.
         """
         config, names, points = self.config, None, None
         if config.pruned_num == AUTO and self.resumed:
