@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from experiment.studies import COMPARED, STUDIES, Study, Table
 from utils.files import atomic_write
-from utils.tables import markdown
+from utils.tables import draw, markdown
 
 Record = dict[str, Any]
 Groups = dict[str, list[Record]]  # by variant
@@ -103,7 +101,7 @@ def _section(name: str, study: Study, records: list[Record], folder: Path) -> li
             text += filter(None, [f"### {table.title}", _table(table, groups), _comparisons(table, groups)])
         if any(map(trained, groups.values())):
             picture = f"{name}-{table.key}.png"
-            draw(study, table, groups, folder / picture)
+            draw(folder / picture, (9, 4.5), plot, f"{study.title}: {table.title}", table, groups, dpi=110)
             text.append(f"![test accuracy against parameters](results/{picture})")
     return text
 
@@ -168,7 +166,7 @@ def _comparisons(table: Table, groups: Groups) -> str:
     return markdown([["difference, points", "exported", "mean"], *lines]) if lines else ""
 
 
-def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
+def plot(figure: Any, title: str, table: Table, groups: Groups) -> None:
     """Accuracy of a table's networks against their parameters."""
     points = []  # (parameters, accuracy, marker, color, label)
     for i, row in enumerate(table.rows):
@@ -178,7 +176,6 @@ def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
             if "params" in online:
                 accuracy, label = Mean.of(online_teacher, done), f"{row.title}: online teacher"
                 points.append((online["params"], accuracy, "D", f"C{i % 10}", label))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for size, mean, marker, color, label in points:
         group = [point[-1] for point in points if point[0] == size]
@@ -186,12 +183,10 @@ def draw(study: Study, table: Table, groups: Groups, path: Path) -> None:
         error = 0 if math.isnan(mean.error) else mean.error
         axes.errorbar(place, mean.mean, error, fmt=marker, markersize=6, capsize=2, color=color, label=label)
     sizes = sorted({size for size, *_ in points})
-    axes.set(title=f"{study.title}: {table.title}", xlabel="parameters", xscale="log")
+    axes.set(title=title, xlabel="parameters", xscale="log")
     axes.set_ylabel("test accuracy, top-1 %: mean and standard error")
     axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     axes.set_xticks(sizes, [f"{size / 1e3:.1f} k" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)

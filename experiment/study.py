@@ -111,6 +111,8 @@ class Runner:
         self.waiting = [*dict.fromkeys(run for run in missing if run not in self.waiting), *self.waiting]
         for run in self.waiting:
             self.check_folder(run)
+        for folder in (self.out / "study" / study, networks_folder(self.out, study)):
+            folder.mkdir(parents=True, exist_ok=True)
         print(f"{study}: {len(done)} runs are recorded, {len(self.waiting)} to do, {self.jobs} at a time", flush=True)
         for run in [run for run in self.waiting if self.read(run, "report.json")]:
             self.waiting.remove(run)
@@ -144,7 +146,6 @@ class Runner:
     def start(self, run: Run) -> None:
         self.waiting.remove(run)
         slot = self.slots.pop(0)
-        self.log(run).parent.mkdir(parents=True, exist_ok=True)
         with open(self.log(run), "a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-u", *self.command(run), "--resume"],
@@ -197,12 +198,9 @@ class Runner:
             (exported,) = self.job_dir(run).glob("*.pt")
             content = checkpoint.load(exported)
             content.meta.config.update(dict.fromkeys(PATHS))
-            self.exported(run).parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(self.exported(run), content)
         if run.name not in {known["run"] for known in read_records(self.out, run.study)}:
-            path = records_file(self.out, run.study)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
+            with open(records_file(self.out, run.study), "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         outcome = "diverged" if "diverged" in record else f"{record['test']:.2f} % on the test set"
         print(f"{run.name}: {outcome}; {len(self.waiting)} to do", flush=True)

@@ -151,6 +151,6 @@ def test_curves_that_cannot_be_drawn_are_no_error(tmp_path, monkeypatch, capsys)
     """As where matplotlib finds no folder that can be written."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     job = Job(tmp_path / "job", {"pretrain": True, "teacher_model": "resnet_20"})
-    draw(job, job.curves, (11, 4.2), plot_curves)
+    draw(job.curves, (11, 4.2), plot_curves)
     assert "curves.png is not drawn" in capsys.readouterr().out
     assert not job.curves.exists()

@@ -83,9 +83,9 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     deployment = deploy(run, job.export, exported.network, meta)
     pretrained = standard.val.top1 if standard.val and not standard.exported else None
     metrics = read_metrics(job.metrics)
-    tables.draw(job, job.curves, (11, 4.2), tables.plot_curves, metrics, trainer.best, pretrained)
+    tables.draw(job.curves, (11, 4.2), tables.plot_curves, metrics, trainer.best, pretrained)
     if meta.budget:
-        tables.draw(job, job.budget, (6, 4.2), tables.plot_budget, meta.budget, meta.pruned_num)
+        tables.draw(job.budget, (6, 4.2), tables.plot_budget, meta.budget, meta.pruned_num)
 
     measure(rows, meta, deployment.onnx, run.device)
     sentence = ""

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from utils.cost import Cost, Latency
-from utils.errors import first_line
+from utils.errors import first_line, log
 from utils.files import atomic_write
-from utils.job import Job
 from utils.metrics import Accuracy, Best
 
 ONLINE_TEACHER = "online teacher"
@@ -235,17 +234,17 @@ def budget(points: Sequence[Sequence[float]]) -> Cells:
     return [titles, *([str(number), f"{100 * macs:.1f}", f"{top1:.2f}"] for number, macs, top1 in points)]
 
 
-def draw(job: Job, path: Path, size: tuple[float, float], plot: Callable[..., None], *values: Any) -> None:
+def draw(path: Path, size: tuple[float, float], plot: Callable[..., None], *values: Any, dpi: int = 130) -> None:
     """Write a figure of this size in inches, filled by `plot(figure, *values)`, if matplotlib can be imported."""
     try:  # matplotlib needs a folder for its cache, or for temporary files, that can be written
         from matplotlib.figure import Figure
     except (ImportError, OSError) as error:
-        job.logger.info(f"{path.name} is not drawn: {first_line(error)}")
+        log.info(f"{path.name} is not drawn: {first_line(error)}")
         return
     figure = Figure(figsize=size, layout="constrained")
     plot(figure, *values)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def plot_budget(figure: Any, points: Sequence[Sequence[float]], chosen: int) -> None:
