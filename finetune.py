@@ -28,8 +28,7 @@ from utils.checkpoint import Inputs, Meta
 from utils.config import Config
 from utils.cost import check_fits, count
 from utils.engine import Trainer
-from utils.metrics import accuracy
-from utils.report import Results
+from utils.metrics import Scores, accuracy
 from utils.setup import Run, prepare, run_script
 from utils.tables import Row, read_row
 from utils.teacher import check_unseen
@@ -56,7 +55,7 @@ def main(config: Config) -> None:
     meta = describe_run(run, source, before)
     run.train(trainer, meta, [f"refining {config.refine}"], keep_initial=True)
 
-    report.publish(run, trainer, meta, results(run, trainer, before, source))
+    report.publish(run, trainer, meta, *results(run, trainer, before, source))
     run.end()
 
 
@@ -94,21 +93,21 @@ def export_alone(run: Run, student: nn.Module, meta: Meta) -> None:
         raise UserError("; ".join(deployment.failures))
 
 
-def results(run: Run, trainer: Trainer, before: nn.Module, source: Meta) -> Results:
+def results(run: Run, trainer: Trainer, before: nn.Module, source: Meta) -> tuple[list[Row], Scores]:
     """The student before and after, beside the networks of the run that it comes from, the standard one first."""
     now, then, known = run.config.recorded(), source.config, {}
     if all(now[flag] == then[flag] for flag in ("dataset", "data_dir", "labels", "val_size")):
         known = {row.role: row for row in map(read_row, source.networks or [])}
-    found = Results.of(run, trainer)
-    standard, refined = found.rows
+    rows, test = report.results(run, trainer)
+    standard, refined = rows
     refined.name = "student, refined"
     if not run.teacher and "standard" in known and run.config.teacher_model == then["teacher_model"]:
         standard.val, standard.test = known["standard"].val, known["standard"].test
     accuracies = [accuracy(before, batches) for batches in (run.loaders.val, run.loaders.test)]
-    found.rows.insert(1, Row("student, before", "before", count(before, run.dataset.input_size), *accuracies, before))
+    rows.insert(1, Row("student, before", "before", count(before, run.dataset.input_size), *accuracies, before))
     if "online_teacher" in known:
-        found.rows.append(known["online_teacher"])
-    return found
+        rows.append(known["online_teacher"])
+    return rows, test
 
 
 if __name__ == "__main__":

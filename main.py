@@ -32,7 +32,6 @@ from utils.checkpoint import Inputs, Meta, TrainingCheckpoint
 from utils.config import AUTO, BEST, RESUME_LAST, Config
 from utils.methods import METHODS
 from utils.metrics import accuracy, evaluate
-from utils.report import Results
 from utils.setup import Run, prepare, run_script, standard_network
 from utils.tables import ONLINE_TEACHER
 
@@ -52,7 +51,7 @@ def main(config: Config) -> None:
     trainer, meta = run.trainer(learner), describe_run(run, learner, start, budget)
     run.train(trainer, meta, notes)
 
-    report.publish(run, trainer, meta, Results.of(run, trainer))
+    report.publish(run, trainer, meta, *report.results(run, trainer))
     run.end()
 
 

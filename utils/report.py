@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,51 +20,47 @@ from utils.engine import Trainer
 from utils.files import atomic_write, to_plain
 from utils.job import read_metrics
 from utils.methods import METHODS
-from utils.metrics import accuracy, evaluate
+from utils.metrics import Scores, accuracy, evaluate
 from utils.setup import Run, standard_network
 from utils.tables import BATCHES, MARK, ONNX, PYTORCH, SPLITS, UNSTEADY, ClassAccuracy, Row
 
 MOST_CONFUSED = 100  # classes up to which report.json holds the confusion matrix
 
 
-@dataclass(frozen=True)
-class Results:
-    """The networks of a run and their only evaluation on the test set."""
+def results(run: Run, trainer: Trainer) -> tuple[list[Row], Scores]:
+    """Evaluate the networks of a run, in which the standard one is untrained if there is no pretrained teacher.
 
-    rows: list[Row]  # the standard network first; the exported one has its network
-    confusion: np.ndarray  # (K, K) test images of the exported network by class (row) and predicted class (column)
-    disagreement: float | None = None  # as in utils.metrics.Scores
-
-    @classmethod
-    def of(cls, run: Run, trainer: Trainer) -> "Results":
-        """Evaluate the networks of a run, in which the standard one is untrained if there is no pretrained teacher."""
-        config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
-        splits, name = (run.loaders.val, run.loaders.test), tables.standard_name(config.teacher_model)
-        scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
-        val, test = (split.accuracies() for split in scores)
-        if config.pretrain:
-            rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
-            return cls(rows, scores[1].confusion)
-        standard = run.teacher or standard_network(config, run.dataset)  # to compare costs with
-        known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
-        rows = [Row(name, "standard", count(standard, size), *known, standard)]
-        method, count_of = METHODS[config.method], len(learner.students)
-        names, mark = method.names(count_of), ", best" if len(method.candidates(count_of)) == count_of else ""
-        for i, student in enumerate(learner.students):
-            name, network = (f"{names[i]}{mark}", best) if student is best else (names[i], None)
-            rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
-        if len(val) > len(learner.students):
-            rows.append(Row(tables.ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
-        return cls(rows, scores[1].confusion, scores[1].disagreement)
+    Returns:
+        The networks, the standard one first, and the scores on the test set, which is looked at only here.
+    """
+    config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
+    splits, name = (run.loaders.val, run.loaders.test), tables.standard_name(config.teacher_model)
+    scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
+    val, test = (split.accuracies() for split in scores)
+    if config.pretrain:
+        rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
+        return rows, scores[1]
+    standard = run.teacher or standard_network(config, run.dataset)  # to compare costs with
+    known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
+    rows = [Row(name, "standard", count(standard, size), *known, standard)]
+    method, count_of = METHODS[config.method], len(learner.students)
+    names, mark = method.names(count_of), ", best" if len(method.candidates(count_of)) == count_of else ""
+    for i, student in enumerate(learner.students):
+        name, network = (f"{names[i]}{mark}", best) if student is best else (names[i], None)
+        rows.append(Row(name, "student", count(student, size), val[i], test[i], network, exported=student is best))
+    if len(val) > len(learner.students):
+        rows.append(Row(tables.ONLINE_TEACHER, "online_teacher", count(learner, size), val[-1], test[-1], learner))
+    return rows, scores[1]
 
 
-def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
+def publish(run: Run, trainer: Trainer, meta: Meta, rows: list[Row], test: Scores) -> None:
     """Export the best student, and the online teacher if --export_teacher asks for it; write and print the report.
 
     Args:
         meta: of the run's checkpoints.
+        rows, test: as `results` returns them; the exported row has its network.
     """
-    job, config, dataset, rows = run.job, run.config, run.dataset, results.rows
+    job, config, dataset = run.job, run.config, run.dataset
     dataset.skipped.share()
     if not job.writes:
         return
@@ -92,7 +88,7 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
     if not standard.exported:
         cheap = f" ({config.conv})" if config.pruned_num else ""
         sentence = tables.verdict(rows, f"{config.teacher_model} -> {config.student_model}{cheap}")
-    classes = by_class(results.confusion, dataset.classes)
+    classes = by_class(test.confusion, dataset.classes)
     command, defaults = options.command(config)
     environment = trainer.environment | {"device": describe(run.device), "command": command}
     if deployment.onnx:
@@ -119,8 +115,8 @@ def publish(run: Run, trainer: Trainer, meta: Meta, results: Results) -> None:
         "exported": deployment.as_json(),
         "skipped_images": dataset.skipped.reasons,
         "classes": [entry._asdict() for entry in classes],
-        "confusion": results.confusion.tolist() if len(classes) <= MOST_CONFUSED else None,
-        "disagreement": results.disagreement,
+        "confusion": test.confusion.tolist() if len(classes) <= MOST_CONFUSED else None,
+        "disagreement": test.disagreement,
         "meta": to_plain(meta),
         "environment": environment,
     }
