@@ -96,9 +96,8 @@ def time_in_turn(
             torch.accelerator.synchronize(device)
         return time.perf_counter() - started
 
-    for _ in range(warm_up):
-        for call in calls:
-            seconds(call)
+    for call in [*calls] * warm_up:
+        seconds(call)
     passes, deadline = [], time.perf_counter() + limit
     while len(passes) < rounds and (len(passes) < 5 or time.perf_counter() < deadline):
         passes.append([seconds(call) for call in calls])

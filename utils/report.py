@@ -34,12 +34,11 @@ def results(run: Run, trainer: Trainer) -> tuple[list[Row], Scores]:
         The networks, the standard one first, and the scores on the test set, which is looked at only here.
     """
     config, learner, best, size = run.config, trainer.learner, trainer.best_student, run.dataset.input_size
-    splits, name = (run.loaders.val, run.loaders.test), tables.standard_name(config.teacher_model)
+    splits, name = (run.loaders.val, run.loaders.test), f"{config.teacher_model}, standard"
     scores = [evaluate(learner, batches, confusion_of=trainer.best.student) for batches in splits]
     val, test = (split.accuracies() for split in scores)
     if config.pretrain:
-        rows = [Row(name, "standard", count(best, size), *val, *test, best, exported=True)]
-        return rows, scores[1]
+        return [Row(name, "standard", count(best, size), *val, *test, best, exported=True)], scores[1]
     standard = run.teacher or standard_network(config, run.dataset)  # to compare costs with
     known = [accuracy(standard, batches) for batches in splits] if run.teacher else [None, None]
     rows = [Row(name, "standard", count(standard, size), *known, standard)]

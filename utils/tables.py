@@ -71,10 +71,6 @@ class Row:
         return values
 
 
-def standard_name(model: str) -> str:
-    return f"{model}, standard"
-
-
 def read_row(summary: dict[str, Any]) -> Row:
     """A row from its `Row.summary`. Those of older files have no role; it follows from the name."""
     name = summary["name"]
