@@ -107,9 +107,9 @@ class Ours:
     def __init__(self, setting: Setting, device: torch.device, precision: str, compile: str):
         flags = f"--lr {RATE} --lambda {LAMBDA} --temperature {TEMPERATURE} --num_epochs 1 --warmup_epochs 0"
         config = options.parse("main", flags.split())
-        self.device, self.precision, self.execution = device, precision, pick_execution(compile, device)
+        self.device, self.precision, self.execution = device, precision, pick_execution(compile, precision, device)
         self.name = f"{precision}, {self.execution}"
-        self.trainer = Trainer(setting.learner(), None, config, device, precision, self.execution)
+        self.trainer = Trainer(setting.learner(), None, config, device, self.execution)
         self.learner = self.trainer.learner.train()
 
     def step(self, images: Tensor, targets: Tensor) -> None:

@@ -248,7 +248,7 @@ def check(out: Path, study: str, data_dir: Path | None) -> bool:
     if not paths:
         raise UserError(f"{networks_folder(out, study)} has no networks to check")
     device = pick_device("auto")
-    apply_execution(pick_execution("auto", device))
+    apply_execution(pick_execution("auto", "fp32", device))
     dataset, differ = None, []
     for path in paths:
         network, meta = checkpoint.load_network(path)

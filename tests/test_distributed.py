@@ -24,6 +24,7 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import ROOT, make_tree, report_of, succeed
 from tests.processes import in_processes
 from utils import distributed, options
+from utils.device import Execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.files import to_plain
@@ -82,7 +83,7 @@ def gradients(images, targets, flags):
     torch.manual_seed(0)
     learner = OnlineTeacher([model.build("resnet_20_sparse", 4) for _ in range(2)], 4).double()
     teacher = model.build("resnet_20", 4).double().eval()
-    trainer = Trainer(learner, teacher, args, torch.device("cpu"), "fp32")
+    trainer = Trainer(learner, teacher, args, torch.device("cpu"), Execution())
     share = distributed.share(len(images))
     trainer.learner.train()
     losses, correct, size = trainer.train_step(images[share], targets[share])
@@ -137,7 +138,7 @@ def uneven_step(images, targets):
     args = options.parse("main", ["--num_students", "1", "--lambda", "0", "--accumulate", "4"])
     torch.manual_seed(0)
     learner = Students([nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()])
-    trainer = Trainer(learner, None, args, torch.device("cpu"), "fp32")
+    trainer = Trainer(learner, None, args, torch.device("cpu"), Execution())
     mine = slice(None) if distributed.world_size() == 1 else slice(2) if distributed.rank() == 0 else slice(2, None)
     trainer.train_step(images[mine], targets[mine])
     return {name: parameter.grad for name, parameter in learner.named_parameters()}

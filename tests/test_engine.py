@@ -20,6 +20,7 @@ from model.online import OnlineTeacher, Students
 from tests.helpers import content_of, meta
 from utils import options
 from utils.checkpoint import Inputs, Meta, best_student
+from utils.device import Execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.files import from_plain, to_plain
@@ -58,7 +59,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective(neste
     args = replace(args, miu=0.4, nesterov=nesterov)
     learner, reference = online_teacher().double(), online_teacher().double()
     teacher = pretrained_teacher().double()
-    trainer = Trainer(learner, teacher, args, CPU, "fp32")
+    trainer = Trainer(learner, teacher, args, CPU, Execution())
     learner.train()
     reference.train()
     images, targets = batch()
@@ -81,7 +82,7 @@ def test_train_step_is_sgd_with_momentum_and_weight_decay_on_the_objective(neste
 
 def test_train_step_counts_correct_answers():
     learner = online_teacher(2)
-    trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, "fp32")
+    trainer = Trainer(learner, None, arguments("--lr", 1e-30), CPU, Execution())
     learner.train()
     images, targets = batch()
     _, correct, _ = trainer.train_step(images, targets)
@@ -95,7 +96,7 @@ def test_accumulation_is_the_average_over_the_parts_of_a_batch():
     images, targets = batch(7)
     learner = online_teacher().double()
     reference = copy.deepcopy(learner)
-    trainer = Trainer(learner, None, arguments("--accumulate", 3, "--lambda", 0.8), CPU, "fp32")
+    trainer = Trainer(learner, None, arguments("--accumulate", 3, "--lambda", 0.8), CPU, Execution())
     learner.train()
     losses, correct, size = trainer.train_step(images.double(), targets)
     expected, right = 0, 0
@@ -117,7 +118,7 @@ def test_pretrained_teacher_stays_frozen_and_in_eval_mode():
     teacher = pretrained_teacher()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     args = replace(arguments(), miu=1.0)
-    trainer = Trainer(online_teacher(), teacher, args, CPU, "fp32")
+    trainer = Trainer(online_teacher(), teacher, args, CPU, Execution())
     trainer.learner.train()
     losses, *_ = trainer.train_step(*batch())
     assert losses["kl_pretrained"] > 0
@@ -132,7 +133,7 @@ def test_one_student_without_teachers_trains_as_plain_cross_entropy():
     torch.manual_seed(0)
     plain = model.build("resnet_20_sparse", 4).double()
     args = arguments("--num_students", 1, "--lambda", 0, "--momentum", 0, "--weight_decay", 0, "--lr", 0.1)
-    trainer = Trainer(Students([network]), None, args, CPU, "fp32")
+    trainer = Trainer(Students([network]), None, args, CPU, Execution())
     images, targets = batch()
     trainer.learner.train()
     trainer.train_step(images.double(), targets)
@@ -144,7 +145,7 @@ def test_one_student_without_teachers_trains_as_plain_cross_entropy():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batchnorm_losses_and_optimizer_stay_float32(precision):
     learner = online_teacher()
-    trainer = Trainer(learner, None, arguments(), CPU, precision)
+    trainer = Trainer(learner, None, arguments(), CPU, Execution(precision=precision))
     learner.train()
     losses, *_ = trainer.train_step(*batch())
     assert {value.dtype for value in losses.values()} == {torch.float32}
@@ -155,7 +156,7 @@ def test_batchnorm_losses_and_optimizer_stay_float32(precision):
 
 
 def test_every_step_takes_its_own_rate(job, monkeypatch):
-    trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4), CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 0.4), CPU, Execution())
     train, _ = loaders()
     taken, step = [], trainer.step
 
@@ -188,7 +189,7 @@ def loaders(count=22, batch_size=4):
 
 def test_epoch_averages_weigh_every_image_the_same(job):
     """22 images in batches of 4: the last batch, of 2, must not count as much as the others."""
-    trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, arguments("--lr", 1e-30, "--lambda", 0.8), CPU, Execution())
     train, _ = loaders()
     trainer.epoch = 1
     scores = trainer.train_one_epoch(train, job, META)
@@ -206,7 +207,7 @@ def test_best_epoch_is_the_one_exported(job):
     """Epochs that end worse than an earlier one leave model_best.pt alone."""
     torch.manual_seed(0)
     args = arguments("--num_epochs", 6, "--lr", 0.1, "--warmup_epochs", 0)
-    trainer = Trainer(online_teacher(), None, args, CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, args, CPU, Execution())
     train, val = loaders()
     trainer.fit(train, val, job, META)
     epochs = [json.loads(line)["val"] for line in job.metrics.read_text().splitlines()]
@@ -236,7 +237,7 @@ def test_dropout_draws_the_same_after_a_resume(job):
 
     def trainer():
         torch.manual_seed(0)
-        return Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+        return Trainer(Students([Forgetful()]), None, args, CPU, Execution())
 
     whole, (train, val) = trainer(), loaders()
     whole.fit(train, val, job, meta)
@@ -257,7 +258,7 @@ def test_run_goes_on_exactly_from_any_step(job):
 
     def trainer():
         torch.manual_seed(0)
-        return Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+        return Trainer(Students([Forgetful()]), None, args, CPU, Execution())
 
     whole, (train, val) = trainer(), loaders()
     states, step = [job.last.with_name(f"{i}.pt") for i in range(12)], whole.step
@@ -289,7 +290,7 @@ def test_run_goes_on_exactly_from_any_step(job):
 
 def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
     args = arguments("--num_students", 1, "--lambda", 0, "--save_every_minutes", 1e-9)
-    trainer = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+    trainer = Trainer(Students([Forgetful()]), None, args, CPU, Execution())
     trainer.epoch = 1
     trainer.train_one_epoch(loaders()[0], job, replace(META, config=args.recorded()))
     assert content_of(job.last)["progress"]["position"] == 6
@@ -314,15 +315,15 @@ def test_checkpoint_of_a_first_epoch_has_no_best_student_yet(job):
 def test_resume_refuses_what_would_be_another_run(job, flags, message):
     base = ("--teacher_model", "resnet_20", "--num_epochs", 3, "--num_students", 1, "--lambda", 0)
     args, changed = arguments(*base), arguments(*base, *flags)
-    first = Trainer(Students([Forgetful()]), None, args, CPU, "fp32")
+    first = Trainer(Students([Forgetful()]), None, args, CPU, Execution())
     first.config = replace(args, num_epochs=1)
     first.fit(*loaders(), job, replace(META, config=args.recorded()))
     with pytest.raises(UserError, match=message):
-        Trainer(Students([Forgetful()]), None, changed, CPU, "fp32").resume(
+        Trainer(Students([Forgetful()]), None, changed, CPU, Execution()).resume(
             job.last, replace(META, config=changed.recorded())
         )
     with pytest.raises(UserError, match="other data"):
-        Trainer(Students([Forgetful()]), None, args, CPU, "fp32").resume(
+        Trainer(Students([Forgetful()]), None, args, CPU, Execution()).resume(
             job.last, replace(META, config=args.recorded(), classes=["another"])
         )
 
@@ -331,10 +332,10 @@ def test_length_of_a_cosine_schedule_is_fixed(job):
     short, long = (
         arguments("--scheduler", "cosine", "--num_epochs", n, "--num_students", 1, "--lambda", 0) for n in (1, 2)
     )
-    first = Trainer(Students([Forgetful()]), None, short, CPU, "fp32")
+    first = Trainer(Students([Forgetful()]), None, short, CPU, Execution())
     first.fit(*loaders(), job, replace(META, config=short.recorded()))
     with pytest.raises(UserError, match="with --num_epochs 1, not with --num_epochs 2"):
-        Trainer(Students([Forgetful()]), None, long, CPU, "fp32").resume(
+        Trainer(Students([Forgetful()]), None, long, CPU, Execution()).resume(
             job.last, replace(META, config=long.recorded())
         )
 
@@ -349,7 +350,7 @@ def of_forgetful(*flags):
     """A trainer of one student, and the metadata of its run; it has no online teacher."""
     args = arguments("--teacher_model", "resnet_20", "--num_students", 1, "--lambda", 0, "--lr_decay_step", 9, *flags)
     torch.manual_seed(0)
-    return Trainer(Students([Forgetful()]), None, args, CPU, "fp32"), replace(META, config=args.recorded())
+    return Trainer(Students([Forgetful()]), None, args, CPU, Execution()), replace(META, config=args.recorded())
 
 
 def test_run_of_a_version_without_newer_flags_is_resumed_as_it_was(job):
@@ -457,7 +458,7 @@ def test_tensorboard_keeps_the_wall_times_of_a_resumed_run(job):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job):
     trainer = Trainer(
-        online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4, "--warmup_epochs", 0), CPU, "fp32"
+        online_teacher(), None, arguments("--num_epochs", 5, "--print_freq", 4, "--warmup_epochs", 0), CPU, Execution()
     )
     train, val = loaders()
     step, calls = trainer.step, []
@@ -477,7 +478,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
 
 
 def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
-    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 1), CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, arguments("--num_epochs", 1), CPU, Execution())
     train, val = loaders()
     step, calls = trainer.step, []
 
@@ -495,7 +496,7 @@ def test_weights_that_only_validation_shows_to_be_broken_stop_the_run(job):
 
 
 def test_step_waits_for_the_device_only_every_print_freq_steps(job, monkeypatch):
-    trainer = Trainer(online_teacher(), None, arguments("--print_freq", 3), CPU, "fp32")
+    trainer = Trainer(online_teacher(), None, arguments("--print_freq", 3), CPU, Execution())
     train, _ = loaders(count=32)
     trainer.epoch = 1
     waits, steps = [], []

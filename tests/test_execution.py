@@ -33,7 +33,7 @@ def kernels_are_used():
 
 
 def used(choice):
-    execution = pick_execution(choice, CPU)
+    execution = pick_execution(choice, "fp32", CPU)
     apply_execution(execution)
     return execution
 
@@ -43,7 +43,7 @@ def trained(execution, steps=3, on_device=False, device=CPU):
     torch.manual_seed(0)
     learner = OnlineTeacher([model.build("resnet_20_sparse", 4) for _ in range(2)], 4)
     args = options.parse("main", ["--dataset", "digits"])
-    trainer = Trainer(learner, None, args, device, "fp32", execution)
+    trainer = Trainer(learner, None, args, device, execution)
     if on_device:
         trainer.on_device = torch.ones(2, device=device).unbind()
     trainer.learner.train()
@@ -77,7 +77,7 @@ def test_without_a_compiler_auto_does_without_and_on_stops(monkeypatch, tmp_path
     assert str(used("auto")).startswith(f"{PLAIN} (no fused kernels: ")
     assert not kernels_are_used()
     with pytest.raises(UserError, match="--compile on has no fused kernels"):
-        pick_execution("on", CPU)
+        pick_execution("on", "fp32", CPU)
 
 
 def test_where_the_cache_cannot_be_written_the_kernels_are_compiled_for_this_process(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from tests.helpers import BUDGET, content_of
 from tests.test_checkpoint import exported, training_checkpoint
 from utils import checkpoint, options
 from utils.checkpoint import best_student, load_network, load_student
+from utils.device import Execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.metrics import Best, ByNetwork, Scores
@@ -244,7 +245,7 @@ class Bias(torch.nn.Module):
 
 
 def trainer():
-    return Trainer(model.online.OnlineTeacher([Bias()], 10), None, options.parse("main", FLAGS), CPU, "fp32")
+    return Trainer(model.online.OnlineTeacher([Bias()], 10), None, options.parse("main", FLAGS), CPU, Execution())
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from model.online import Students
 from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed
 from tests.test_images import bomb
 from utils import options
+from utils.device import Execution
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.job import Job
@@ -405,7 +406,7 @@ def test_scores_are_of_the_images_that_could_be_read(tmp_path, last):
     job = Job(tmp_path / "job", args.recorded())
     job.open(None, epoch=0, reset=False)
     torch.manual_seed(0)
-    trainer = Trainer(Students([Tiny()]), None, args, CPU, "fp32")
+    trainer = Trainer(Students([Tiny()]), None, args, CPU, Execution())
     trainer.epoch = 1
     batches = streamed(paths)
     batches.set_epoch(1)

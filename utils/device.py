@@ -58,9 +58,10 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Execution:
-    """How to run the training step: PLAIN, KERNELS, GRAPH or COMPILED."""
+    """How to run the training step: PLAIN, KERNELS, GRAPH or COMPILED; "fp32" or "bf16"."""
 
     code: str = PLAIN
+    precision: str = "fp32"
     remark: str = ""  # why faster code cannot be used
     tunes_cudnn: bool = False  # cuDNN times its algorithms, which pays since all batches have one shape
 
@@ -68,16 +69,16 @@ class Execution:
     def graphed(self) -> bool:
         return self.code in (GRAPH, COMPILED)
 
-    @property
-    def compiled(self) -> bool:
-        return self.code == COMPILED
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which networks compute: BatchNorm statistics, losses and the optimizer stay float32."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def __str__(self) -> str:
         return self.code + (f" ({self.remark})" if self.remark else "")
 
 
-def pick_execution(name: str, device: torch.device) -> Execution:
-    """Choose how to run the training step, from --compile; `apply_execution` applies it.
+def pick_execution(name: str, precision: str, device: torch.device) -> Execution:
+    """Choose how to run the training step, from --compile and --precision; `apply_execution` applies it.
 
     "auto" is the fastest that is worth its preparation: on the CPU the fused kernels, which compile in seconds, where
     there is a compiler; on CUDA a graph of the step. "on" insists, and on CUDA also compiles the networks with
@@ -86,14 +87,15 @@ def pick_execution(name: str, device: torch.device) -> Execution:
     Raises:
         UserError: "on" is impossible here.
     """
+    precision = pick_precision(precision, device)
     if name == "off":
-        return Execution()
+        return Execution(PLAIN, precision)
     if device.type == "cuda":
         if distributed.world_size() == 1:
-            return Execution(COMPILED if name == "on" else GRAPH, tunes_cudnn=True)
+            return Execution(COMPILED if name == "on" else GRAPH, precision, tunes_cudnn=True)
         if name == "on":
             raise UserError("--compile on is for one process: leave it out under torchrun")
-        return Execution(tunes_cudnn=True)
+        return Execution(PLAIN, precision, tunes_cudnn=True)
     try:
         if device.type != "cpu":
             raise fused.KernelsUnavailable(f"there are none for {device.type}")
@@ -101,8 +103,8 @@ def pick_execution(name: str, device: torch.device) -> Execution:
     except fused.KernelsUnavailable as error:
         if name == "on":
             raise UserError(f"--compile on has no fused kernels: {error}; use auto or off") from error
-        return Execution(remark=f"no fused kernels: {error}")
-    return Execution(KERNELS)
+        return Execution(PLAIN, precision, remark=f"no fused kernels: {error}")
+    return Execution(KERNELS, precision)
 
 
 def apply_execution(execution: Execution) -> None:
@@ -149,18 +151,13 @@ def _keep_freed_memory() -> None:
             mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which networks compute: BatchNorm statistics, losses and the optimizer stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def environment(device: torch.device, precision: str, execution: Execution) -> dict[str, Any]:
+def environment(device: torch.device, execution: Execution) -> dict[str, Any]:
     """Everything besides flags and data that may change the last bits of a run's results, for checkpoints."""
     return {
         "device": _hardware(device),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
-        "precision": precision,
+        "precision": execution.precision,
         "execution": str(execution),
         "kernels": fused.kernels_hash(),
         "torch": str(torch.__version__),

@@ -17,7 +17,7 @@ from model.weights import load_momentum, load_weights, place
 from utils import checkpoint, distributed
 from utils.checkpoint import Meta, Progress, TrainingCheckpoint
 from utils.config import Config
-from utils.device import Execution, GraphedStep, autocast, changes, environment, random_state, set_random_state
+from utils.device import COMPILED, Execution, GraphedStep, changes, environment, random_state, set_random_state
 from utils.errors import UserError
 from utils.files import to_plain
 from utils.interruption import interruption
@@ -43,19 +43,12 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        learner: Students,
-        teacher: nn.Module | None,
-        config: Config,
-        device: torch.device,
-        precision: str,
-        execution: Execution | None = None,
+        self, learner: Students, teacher: nn.Module | None, config: Config, device: torch.device, execution: Execution
     ):
-        execution = execution or Execution()
-        self.config, self.device, self.precision = config, device, precision
+        self.config, self.device, self.execution = config, device, execution
         self.learner = place(learner, device)
         self.teacher = teacher if config.miu else None
-        self.environment = environment(device, precision, execution)
+        self.environment = environment(device, execution)
 
         self.objective = METHODS[config.method].objective(config)
         self.optimizer = torch.optim.SGD(
@@ -66,7 +59,7 @@ class Trainer:
             nesterov=config.nesterov,
             fused=True,
         )
-        self.forward = torch.compile(self.learner) if execution.compiled else self.learner
+        self.forward = torch.compile(self.learner) if execution.code == COMPILED else self.learner
         if distributed.world_size() > 1:
             if config.sync_bn:
                 distributed.synchronize_batch_norm(self.learner)
@@ -103,7 +96,7 @@ class Trainer:
 
     def losses(self, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The loss and its terms, and (networks,) counts of correct predictions."""
-        with autocast(self.device, self.precision):
+        with self.execution.autocast(self.device):
             student_logits, teacher_logits, *others = self.forward(images)
             with torch.no_grad():
                 pretrained_logits = None if self.teacher is None else self.teacher(images)

@@ -19,16 +19,7 @@ from utils import distributed
 from utils.checkpoint import Meta, TrainingCheckpoint, load
 from utils.config import AUTO, Config
 from utils.cost import Candidates, check_fits
-from utils.device import (
-    Execution,
-    apply_execution,
-    contention,
-    cores,
-    describe,
-    pick_device,
-    pick_execution,
-    pick_precision,
-)
+from utils.device import Execution, apply_execution, contention, cores, describe, pick_device, pick_execution
 from utils.engine import Trainer
 from utils.errors import UserError, exit_with, guard, log
 from utils.interruption import interruption
@@ -75,7 +66,6 @@ class Run:
 
     config: Config
     device: torch.device
-    precision: str
     execution: Execution
     job: Job
     resumed: Path | None
@@ -122,7 +112,7 @@ class Run:
         return sample(self.dataset, self.device, self.workers)
 
     def trainer(self, learner: Students) -> Trainer:
-        return Trainer(learner, self.teacher, self.config, self.device, self.precision, self.execution)
+        return Trainer(learner, self.teacher, self.config, self.device, self.execution)
 
     def train(self, trainer: Trainer, meta: Meta, notes: Sequence[str] = (), keep_initial: bool = False) -> None:
         """Train to the last epoch, and put the best one's weights back into the learner.
@@ -138,7 +128,7 @@ class Run:
         config, job, dataset, val = self.config, self.job, self.dataset, self.loaders.val
         if self.resumed:
             trainer.resume(self.resumed, meta, config.force)
-        lines = [f"{dataset}; {describe(self.device)}, {self.precision}, {self.execution}", *dataset.notes()]
+        lines = [f"{dataset}; {describe(self.device)}, {self.execution.precision}, {self.execution}", *dataset.notes()]
         lines += contention(self.device)
         if config.resume:
             lines.append(f"resuming after {trainer.reached}" if self.resumed else "no checkpoint to resume yet")
@@ -174,7 +164,7 @@ def prepare(config: Config, trained: tuple[Path, Meta] | None = None) -> Run:
     """
     check_packages(config.export)
     device = distributed.start(pick_device(config.device))
-    precision, execution = pick_precision(config.precision, device), pick_execution(config.compile, device)
+    execution = pick_execution(config.compile, config.precision, device)
     apply_execution(execution)
     job = Job(config.job_dir, config.recorded())
     inputs = [config.refine, config.teacher_dir]
@@ -191,7 +181,7 @@ def prepare(config: Config, trained: tuple[Path, Meta] | None = None) -> Run:
     if config.init == "teacher" and not trained:
         dataset, teacher = with_normalization_of(teacher, dataset)
     loaders = make_loaders(dataset, config.train_batch_size, config.eval_batch_size, config.seed, device, workers)
-    return Run(config, device, precision, execution, job, resumed, dataset, teacher, remarks, loaders, workers)
+    return Run(config, device, execution, job, resumed, dataset, teacher, remarks, loaders, workers)
 
 
 def check_packages(formats: Sequence[str]) -> None:
