@@ -21,7 +21,7 @@ from model.online import Ensemble
 from model.weights import build_with, fingerprint, read_weights
 from utils import normalization
 from utils.errors import UserError
-from utils.files import Malformed, atomic_write, from_plain, is_plain, to_plain
+from utils.files import atomic_write, from_plain, is_plain, to_plain
 from utils.methods import METHODS
 from utils.metrics import Best, Scores
 from utils.options import as_typed, changed_flag, completed
@@ -123,8 +123,7 @@ class ExportedNetwork:
         return cls({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, meta)
 
     def is_consistent(self) -> bool:
-        ensemble, students = self.meta.ensemble, _count_students(self.state_dict, "learner.students.")
-        return self.meta.is_consistent() and (ensemble is None or ensemble.get("num_students") == students)
+        return self.meta.is_consistent()
 
 
 @dataclass(frozen=True)
@@ -221,14 +220,14 @@ def load(path: Path, expected: type | None = None) -> Any:
     try:
         for name in ("meta", "environment"):
             if not is_plain(content.get(name)):
-                raise Malformed(name)
+                raise ValueError(name)
         meta = content.get("meta")
         if isinstance(meta, dict) and isinstance(meta.get("config"), dict):
             content["meta"] = meta | {"config": completed(meta["config"])}
         record = from_plain(kind, {"progress": None} | content)  # older checkpoints lack it
         if not record.is_consistent():
-            raise Malformed("a part of it")
-    except Malformed as error:
+            raise ValueError("a part of it")
+    except ValueError as error:
         raise UserError(f"{path} is no whole {kind.kind}: {error} is missing or malformed") from error
     return record
 
@@ -336,7 +335,8 @@ def restore(path: Path, content: ExportedNetwork, arch: str | None) -> tuple[nn.
             check_architecture(meta.arch, meta.model)
             if not meta.ensemble:
                 return build(meta.model, **specification)
-            networks = [build(meta.model, **specification) for _ in range(meta.ensemble["num_students"])]
+            count = _count_students(content.state_dict, "learner.students.")
+            networks = [build(meta.model, **specification) for _ in range(count)]
             return Ensemble(METHODS[meta.ensemble["method"]].online_teacher(networks, meta.num_classes))
         except Exception as error:  # the file may contain anything
             raise UserError(f"{path} does not say how to build its network: {error}") from error

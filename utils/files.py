@@ -186,10 +186,6 @@ def _owner(file: IO[str]) -> dict[str, Any] | None:
     return content if type(content["pid"]) is int and content["pid"] > 0 else None
 
 
-class Malformed(ValueError):
-    """The name of a part of a file that is missing or has a wrong type, as in "meta.mean"."""
-
-
 def to_plain(record: Any) -> dict[str, Any]:
     """A dataclass as nested dictionaries, without optional fields that are None."""
     values = {field: getattr(record, field.name) for field in fields(record)}
@@ -206,7 +202,7 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
     A dataclass ignores unknown keys, a TypedDict keeps them.
 
     Raises:
-        Malformed: the value does not have this type.
+        ValueError: the value does not have this type; the message is the name of the first such part, as "meta.mean".
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) or typing.is_typeddict(kind):
@@ -216,17 +212,17 @@ def from_plain(kind: Any, value: Any, name: str = "") -> Any:
         return None if value is None else from_plain(kind, value, name)
     if origin in (list, tuple, Sequence):
         if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(arguments)):
-            raise Malformed(name)
+            raise ValueError(name)
         for entry in value:
             from_plain(arguments[0], entry, name)
     elif kind not in _CHECKS or not _CHECKS[kind](value):
-        raise Malformed(name)
+        raise ValueError(name)
     return value
 
 
 def _record(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
-        raise Malformed(name)
+        raise ValueError(name)
     optional = {field.name for field in fields(kind) if field.default is not MISSING} if is_dataclass(kind) else set()
     found = {
         key: from_plain(hint, value.get(key, MISSING), f"{name}.{key}".lstrip("."))
