@@ -38,7 +38,8 @@ def test_evaluate_against_a_plain_count():
     ("accuracies", "losses", "best"), [([1, 3, 2], [0, 9, 0], 1), ([3, 3, 2], [5, 4, 0], 1), ([3, 3], [4, 5], 0)]
 )
 def test_best_student_has_the_highest_accuracy_then_the_lowest_loss(accuracies, losses, best):
-    assert Best.of(1, Scores(ByNetwork(accuracies), ByNetwork(losses))).student == best
+    scores = Scores(ByNetwork(accuracies), ByNetwork(losses))
+    assert Best.of(1, scores, range(len(accuracies))).student == best
 
 
 def test_best_student_may_be_chosen_among_some():

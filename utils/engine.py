@@ -138,7 +138,7 @@ class Trainer:
         distributed.copy_buffers_of_first(self.learner)
         # Evaluation may take longer than a scheduler waits after its signal. If the weights are not finite, it fails.
         if all(value.isfinite().all() for value in self.learner.state_dict().values()):
-            self._save_last(job, meta, batches)
+            self._save(job.last, job, meta, batches)
         self.means = EpochMeans()
         return means.scores(self.learner)
 
@@ -155,7 +155,7 @@ class Trainer:
         interrupted, minutes = _interrupted(), self.config.save_every_minutes
         if interrupted or (minutes and time.monotonic() - self._saved_at >= 60 * minutes):
             self._settle(len(batches), job)
-            self._save_last(job, meta, batches)
+            self._save(job.last, job, meta, batches)
             if interrupted:
                 step = f"step {self.means.steps}/{len(batches)}"
                 interruption.message = f"{self._title}, {step} is saved; {job.how_to_go_on}"
@@ -182,7 +182,7 @@ class Trainer:
                 self.scores = self._evaluate(val)
                 if not all(map(math.isfinite, self.scores.numbers().values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
-                self._save_last(job, meta)  # model_best.pt alone would not be a run to resume
+                self._save(job.last, job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
             started, first = time.perf_counter(), self.epoch
             while self.epoch < self.config.num_epochs and not _interrupted():
@@ -198,7 +198,7 @@ class Trainer:
                 self._check_finite(self.scores.numbers(), "on the validation set", rate, job.best)
                 self._keep_best(job, meta)
                 job.add_metrics(self.epoch, rate, to_plain(train_scores), to_plain(self.scores))
-                self._save_last(job, meta)
+                self._save(job.last, job, meta)
                 left = (time.perf_counter() - started) / (self.epoch - first) * (self.config.num_epochs - self.epoch)
                 job.logger.info(
                     f"{self._title}: loss {train_scores.loss['total']:.4f}, "
@@ -258,12 +258,11 @@ class Trainer:
         best = Best.of(self.epoch, self.scores, candidates)
         if self.best is None or best.rank > self.best.rank:
             self.best = best
-            if job.writes:
-                checkpoint.save(job.best, self._state(meta))
+            self._save(job.best, job, meta)
 
-    def _save_last(self, job: Job, meta: Meta, batches: AugmentedBatches | None = None) -> None:
+    def _save(self, path: Path, job: Job, meta: Meta, batches: AugmentedBatches | None = None) -> None:
         if job.writes:
-            checkpoint.save(job.last, self._state(meta, batches))
+            checkpoint.save(path, self._state(meta, batches))
         self._saved_at = time.monotonic()
 
     def _state(self, meta: Meta, batches: AugmentedBatches | None = None) -> TrainingCheckpoint:

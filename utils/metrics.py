@@ -42,10 +42,6 @@ class ByNetwork:
         count = len(learner.students)
         return cls(values[:count], *values[count:])
 
-    def listed(self) -> list[float]:
-        """The values in the order of `all_logits`: the students, then the online teacher."""
-        return [*self.students, *([] if self.online_teacher is None else [self.online_teacher])]
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -67,8 +63,9 @@ class Scores:
 
     def accuracies(self) -> list[Accuracy]:
         """Accuracies of the students and, last, of the online teacher if there is one."""
-        columns = [values.listed() for values in (self.accuracy, self.top5) if values]
-        return [Accuracy(*row) for row in zip(*columns, strict=True)]
+        columns = [[*values.students, values.online_teacher] for values in (self.accuracy, self.top5) if values]
+        rows = [Accuracy(*row) for row in zip(*columns, strict=True)]
+        return [row for row in rows if row.top1 is not None]
 
     def numbers(self) -> dict[str, float]:
         """All scores by their tensorboard names."""
@@ -99,11 +96,10 @@ class Best:
     loss: float
 
     @classmethod
-    def of(cls, epoch: int, scores: Scores, candidates: Sequence[int] | None = None) -> "Best":
-        """The best student of one epoch, or the best one of the candidates (indices)."""
+    def of(cls, epoch: int, scores: Scores, candidates: Sequence[int]) -> "Best":
+        """The best one of the candidates (indices of students) in an epoch."""
         rows = list(zip(scores.accuracy.students, scores.loss.students, strict=True))
-        chosen = range(len(rows)) if candidates is None else candidates
-        return max((cls(epoch, i, *rows[i]) for i in chosen), key=lambda best: best.rank)
+        return max((cls(epoch, i, *rows[i]) for i in candidates), key=lambda best: best.rank)
 
     @property
     def rank(self) -> tuple[float, float]:
