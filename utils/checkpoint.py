@@ -106,11 +106,6 @@ class Meta:
     history: list[dict[str, Any]] | None = None
     ensemble: dict[str, Any] | None = None
 
-    def is_consistent(self) -> bool:
-        """Whether its values belong together, as in every file of this program."""
-        is_known = len(self.classes) == self.num_classes and self.config["method"] in METHODS
-        return is_known and normalization.is_plausible(self.mean, self.std)
-
 
 @dataclass(frozen=True)
 class ExportedNetwork:
@@ -121,9 +116,6 @@ class ExportedNetwork:
     @classmethod
     def of(cls, network: nn.Module, meta: Meta) -> "ExportedNetwork":
         return cls({key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}, meta)
-
-    def is_consistent(self) -> bool:
-        return self.meta.is_consistent()
 
 
 @dataclass(frozen=True)
@@ -143,9 +135,6 @@ class Progress:
     sizes: Tensor
     correct: Tensor
 
-    def is_consistent(self) -> bool:
-        return "cpu" in self.random and (self.losses.dim(), self.sizes.dim(), self.correct.dim()) == (2, 1, 1)
-
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
@@ -162,17 +151,6 @@ class TrainingCheckpoint:
     environment: dict[str, Any] | None = None
     kind: str = "training checkpoint"
 
-    def is_consistent(self) -> bool:
-        students, scores = _count_students(self.model, "students."), self.scores
-        columns = [scores.accuracy, scores.loss, scores.top5] if scores else []
-        return (
-            self.meta.is_consistent()
-            and 0 < students == self.meta.config["num_students"]
-            and all(len(values.students) == students for values in columns if values)
-            and (self.best is None or self.best.student < students)
-            and (self.progress is None or self.progress.is_consistent())
-        )
-
     def student(self, index: int) -> ExportedNetwork:
         """A student alone."""
         prefix = f"students.{index}."
@@ -185,6 +163,23 @@ KINDS = {
     TrainingCheckpoint: "a training checkpoint: leave out --pruned",
     ExportedNetwork: "an exported network: finetune.py takes it with --pruned",
 }
+
+
+def _is_consistent(record: TrainingCheckpoint | ExportedNetwork) -> bool:
+    """Whether the parts of a file belong together, as in every file of this program."""
+    meta = record.meta
+    facts = [len(meta.classes) == meta.num_classes, meta.config["method"] in METHODS]
+    facts.append(normalization.is_plausible(meta.mean, meta.std))
+    if isinstance(record, TrainingCheckpoint):
+        students, scores, progress = _count_students(record.model, "students."), record.scores, record.progress
+        facts.append(0 < students == meta.config["num_students"])
+        for values in (scores.accuracy, scores.loss, scores.top5) if scores else ():
+            facts.append(values is None or len(values.students) == students)
+        facts.append(record.best is None or record.best.student < students)
+        if progress:
+            facts.append("cpu" in progress.random)
+            facts.append((progress.losses.dim(), progress.sizes.dim(), progress.correct.dim()) == (2, 1, 1))
+    return all(facts)
 
 
 def _count_students(weights: dict[str, Tensor], prefix: str) -> int:
@@ -225,7 +220,7 @@ def load(path: Path, expected: type | None = None) -> Any:
         if isinstance(meta, dict) and isinstance(meta.get("config"), dict):
             content["meta"] = meta | {"config": completed(meta["config"])}
         record = from_plain(kind, {"progress": None} | content)  # older checkpoints lack it
-        if not record.is_consistent():
+        if not _is_consistent(record):
             raise ValueError("a part of it")
     except ValueError as error:
         raise UserError(f"{path} is no whole {kind.kind}: {error} is missing or malformed") from error
