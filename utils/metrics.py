@@ -146,8 +146,8 @@ def evaluate(
             predictions = logits[:students].argmax(-1)
             differing = (predictions[:, None] != predictions).sum() / max(1, students * (students - 1))
             # The images are counted here because some of batches.num_images may be damaged.
-            count = hits.new_tensor([len(targets)])
-            totals, classes = totals + torch.cat([count, differing[None], *hits, losses]), logits.shape[-1]
+            count, differing = losses.new_full(losses.shape, len(targets)), differing.expand(losses.shape)
+            totals, classes = totals + torch.stack([count, differing, *hits, losses]), logits.shape[-1]
             if confusion_of is not None:
                 cells = targets * classes + predictions[confusion_of]
                 counts = counts + torch.bincount(cells, minlength=classes**2).cpu()
@@ -156,14 +156,12 @@ def evaluate(
     found = [part for part in distributed.gathered(share) if part]
     if not found:
         raise UserError("none of the images to evaluate on can be read: repair them")
-    (count, differing, *rows), classes = sum(part[0] for part in found).tolist(), found[0][1]
-    networks = len(rows) // 3
-    top1, top5, loss = (rows[i : i + networks] for i in range(0, len(rows), networks))
+    (count, differing, top1, top5, loss), classes = sum(part[0] for part in found), found[0][1]
     return Scores(
-        accuracy=ByNetwork.of(learner, [100 * hits / count for hits in top1]),
-        loss=ByNetwork.of(learner, [total / count for total in loss]),
-        top5=ByNetwork.of(learner, [100 * hits / count for hits in top5]) if classes > TOP5_ABOVE else None,
-        disagreement=100 * differing / count if students > 1 else None,
+        accuracy=ByNetwork.of(learner, (100 * top1 / count).tolist()),
+        loss=ByNetwork.of(learner, (loss / count).tolist()),
+        top5=ByNetwork.of(learner, (100 * top5 / count).tolist()) if classes > TOP5_ABOVE else None,
+        disagreement=(100 * differing / count)[0].item() if students > 1 else None,
         confusion=None if confusion_of is None else sum(part[2] for part in found).view(classes, classes).numpy(),
     )
 
