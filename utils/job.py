@@ -115,13 +115,6 @@ class Job:
                 fault = "is not a writable folder" if parent.exists() else "is a symbolic link to nothing"
                 raise UserError(f"--job_dir {self.folder} cannot be written: {parent} {fault}")
 
-    def _check_unchanged(self, resumed: Path | None) -> None:
-        """Raise a UserError if another run wrote here or to `resumed` after `checkpoint_to_resume`."""
-        now = self._stamps(resumed)
-        if self._seen is not None and (changed := sorted(path for path, _ in self._seen.items() ^ now.items())):
-            self.lock.release()
-            raise UserError(f"another run has written {changed[0]} meanwhile: look at it, and start this one again")
-
     def _stamps(self, resumed: Path | None) -> dict[Path, tuple[int, ...]]:
         """Inode, size and time of each file here and of `resumed`, to notice when another run writes them."""
         paths = self._files() | ({resumed} if resumed else set())
@@ -154,7 +147,11 @@ class Job:
             with interruption.deferred():
                 self.last.parent.mkdir(parents=True, exist_ok=True)
                 self.lock.acquire()
-                self._check_unchanged(resumed)
+                if self._seen is not None and (changed := self._seen.items() ^ self._stamps(resumed).items()):
+                    self.lock.release()
+                    raise UserError(
+                        f"another run has written {min(changed)[0]} meanwhile: look at it, and start this one again"
+                    )
                 interruption.message = self.how_to_go_on
                 self._clear(everything=reset)
                 with atomic_write(self.config, "w") as file:
