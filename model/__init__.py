@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from model import external
-from model.conv import cheap_convs, cheap_in, initialize, standard_convs
+from model.conv import cheap_convs, cheap_in, initialize
 from model.convert import RULE, checked
 from model.subsample import subsample_first
 from utils.errors import UserError
@@ -104,14 +104,14 @@ def build(
         UserError (a ValueError): an unknown name (the close ones are listed), conv, groups or pruned_num out of range.
     """
     standard = name.removesuffix(SPARSE)
-    cheap = {"kind": conv, "groups": groups, "pruned_num": pruned_num}
     if external.is_external(arch):
-        cheap = cheap | {"rule": rule, "names": replaced} if is_sparse(name) else None
-        network = external.build(arch, standard, num_classes, cheap, **kwargs)
+        cheap = {"kind": conv, "groups": groups, "pruned_num": pruned_num, "rule": rule, "names": replaced}
+        network = external.build(arch, standard, num_classes, cheap if is_sparse(name) else None, **kwargs)
     else:
         _check_name(name, names(), "network")
-        chosen = None if replaced is None else _numbers(standard, replaced, kwargs)
-        plan = partial(cheap_convs, **cheap, chosen=chosen) if is_sparse(name) else standard_convs
+        plan = partial(cheap_convs, kind=conv, groups=groups, pruned_num=pruned_num if is_sparse(name) else 0)
+        if is_sparse(name) and replaced is not None:
+            plan = partial(plan, chosen=_numbers(standard, replaced, kwargs))
         network = _BUILDERS[standard](num_classes=num_classes, convs=plan, **kwargs)
         initialize(network)
     subsample_first(network)

@@ -1,7 +1,7 @@
 """The cheap convolutions of the paper (arXiv 1909.13063, section 3): depthwise, group and shift.
 
 A cheap convolution is a k x k *spatial* stage that keeps the channels (and is cheap, or free) followed by a 1 x 1
-*pointwise* stage that mixes them. Networks get their convolutions from a plan (`standard_convs` or `cheap_convs`).
+*pointwise* stage that mixes them. Networks get their convolutions from a plan (`cheap_convs`).
 """
 
 from collections.abc import Callable, Container
@@ -177,17 +177,13 @@ def standard_conv(in_channels: int, out_channels: int, kernel_size: int = 3, str
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
-def standard_convs(count: int) -> list[Conv]:
-    """The plan of a standard network."""
-    return [standard_conv] * count
-
-
 def cheap_convs(
     count: int, kind: str, groups: int, pruned_num: int | None, chosen: Container[int] | None = None
 ) -> list[Conv]:
-    """The plan of a student: the last `pruned_num` of its `count` replaceable convolutions are cheap (None: all).
+    """The plan of a network: the last `pruned_num` of its `count` replaceable convolutions are cheap.
 
     Args:
+        pruned_num: 0 for a standard network, None for all.
         chosen: the numbers of those that are cheap, instead of pruned_num.
 
     Raises:

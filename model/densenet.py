@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import ConvPlan, Network, standard_conv, standard_convs
+from model.conv import ConvPlan, Network, standard_conv
 from model.fused import norm_relu
 
 GROWTH = 12
@@ -39,20 +39,19 @@ class DenseNet(Network):
         convs: plan of their 3 x 3 convolutions.
     """
 
-    def __init__(self, layers: int, num_classes: int = 10, convs: ConvPlan = standard_convs):
+    def __init__(self, layers: int, num_classes: int, convs: ConvPlan):
         super().__init__()
         plan = iter(convs(3 * layers))
-        channels = 2 * GROWTH
-        self.conv1 = standard_conv(3, channels)
+        self.num_features = 2 * GROWTH
+        self.conv1 = standard_conv(3, self.num_features)
         for block in (1, 2, 3):
             dense = nn.Sequential()
             for _ in range(layers):
-                dense.append(DenseLayer(next(plan)(channels, GROWTH)))
-                channels += GROWTH
+                dense.append(DenseLayer(next(plan)(self.num_features, GROWTH)))
+                self.num_features += GROWTH
             self.add_module(f"dense{block}", dense)
             if block < 3:
-                self.add_module(f"trans{block}", Transition(standard_conv(channels, channels, 1)))
-        self.num_features = channels
+                self.add_module(f"trans{block}", Transition(standard_conv(self.num_features, self.num_features, 1)))
         self.bn = nn.BatchNorm2d(self.num_features)
         self.fc = nn.Linear(self.num_features, num_classes)
 

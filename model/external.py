@@ -62,16 +62,12 @@ def standard(arch: str, name: str, num_classes: int) -> nn.Module:
 
 
 def build(
-    arch: str,
-    name: str,
-    num_classes: int,
-    cheap: dict[str, Any] | None = None,
-    input_size: Sequence[int] | None = None,
+    arch: str, name: str, num_classes: int, cheap: dict[str, Any] | None, input_size: Sequence[int] | None = None
 ) -> nn.Module:
     """The network of `standard`, or a student.
 
     Args:
-        cheap: arguments of `model.convert.cheapen`, for a student.
+        cheap: arguments of `model.convert.cheapen`, for a student; None for a standard network.
         input_size: (C, H, W) of its images. If given, students and networks of Python files are split where that is
             possible: in channels_last, a head that flattens its feature map with `view` fails otherwise.
 
@@ -94,15 +90,14 @@ def build(
 def _library(arch: str) -> tuple[Callable[..., nn.Module], list[str]]:
     """The function of a library that builds a network by its name, and the names that it has."""
     try:
-        if arch == "torchvision":
-            models = importlib.import_module("torchvision.models")
-            return models.get_model, models.list_models(module=models)
-        timm = importlib.import_module("timm")
+        library = importlib.import_module("torchvision.models" if arch == "torchvision" else arch)
     except ImportError as error:
         raise UserError(
             f"--arch {arch} needs the package {arch}, which is not installed: pip install {arch}"
         ) from error
-    return timm.create_model, timm.list_models()
+    if arch == "torchvision":
+        return library.get_model, library.list_models(module=library)
+    return library.create_model, library.list_models()
 
 
 def _function(arch: str, name: str) -> Callable[..., nn.Module]:

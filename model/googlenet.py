@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, Network, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, standard_conv
 from model.fused import FusedSequential, with_norm_relu
 
 # Channels of each inception: 1 x 1; reduction and 3 x 3; reduction and the pair of 3 x 3; projection after the pool.
@@ -57,7 +57,7 @@ class GoogLeNet(Network):
 
     last = "linear"
 
-    def __init__(self, num_classes: int = 10, convs: ConvPlan = standard_convs):
+    def __init__(self, num_classes: int, convs: ConvPlan):
         super().__init__()
         plan = iter(convs(3 * len(INCEPTIONS)))
         self.pre_layers = FusedSequential(*with_norm_relu(standard_conv(3, 192)))

@@ -5,12 +5,11 @@ dict. The keys of all projects are renamed in a file of any, so that a file that
 loads, too; only its normalization is then unknown.
 """
 
-import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,7 +100,7 @@ def load(
     dicts = _state_dicts(content)
     if not dicts:
         raise UserError(f"{source}: the file has no state dict, neither bare nor under a key such as {WRAPPERS[0]}")
-    outline_of = functools.cache(lambda **variant: outline(partial(builder, **variant)))
+    outline_of = cache(lambda **variant: outline(partial(builder, **variant)))
     files = [_adapt(arch, key, weights, outline_of) for key in dicts for weights in _without_prefixes(dicts[key])]
     file = min(files, key=lambda file: file.differences)
     fitting = dict.fromkeys(other.wrapper for other in files if not other.differences)

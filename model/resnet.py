@@ -7,7 +7,7 @@ from itertools import islice
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv import Conv, ConvPlan, Network, standard_conv, standard_convs
+from model.conv import Conv, ConvPlan, Network, standard_conv
 from model.fused import conv_norm_relu, conv_norm_relu_and_input
 from utils.errors import UserError
 
@@ -110,8 +110,8 @@ class ResNet(Network):
         width: int,
         block: type[nn.Module],
         cheap_block: type[nn.Module],
-        num_classes: int = 10,
-        convs: ConvPlan = standard_convs,
+        num_classes: int,
+        convs: ConvPlan,
         stem: str = "cifar",
         shortcut: str = "B",
     ):

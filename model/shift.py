@@ -89,10 +89,8 @@ class Shift2d(nn.Module):
         self.register_parameter("bias", None)
         self.pad = tuple(conv._reversed_padding_repeated_twice)  # in the order of F.pad, as the next one
         (rows, columns), (high, wide) = self.kernel_size, self.dilation
-        self.crop = (
-            *(wide * (columns // 2), wide * ((columns - 1) // 2)),
-            *(high * (rows // 2), high * ((rows - 1) // 2)),
-        )
+        sides = wide * (columns // 2), wide * ((columns - 1) // 2)
+        self.crop = (*sides, high * (rows // 2), high * ((rows - 1) // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad == self.crop and self.padding_mode == "zeros":  # what pads is cut off again

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from utils.errors import UserError, first_line
 
 PROTOCOL = ("forward_features", "forward_head", "num_features")
+ADVICE = f"give it {', '.join(PROTOCOL)}, as timm's networks have"
 
 
 def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> None:
@@ -31,11 +32,10 @@ def check_features(network: nn.Module, name: str, input_size: Sequence[int]) -> 
 def split(network: nn.Module, input_size: Sequence[int]) -> None:
     """Give a network timm's protocol: `forward_features` up to its last feature map, `forward_head` from there.
 
-    Does nothing if the network follows the protocol already.
-
-    The network's class becomes a subclass of its own; its modules and their names stay as they are. The map is the last
-    one with more than one pixel from which everything after it is computed. Shapes are those for images of at least
-    224 x 224, which most networks take, so that the map before global pooling has more than one pixel.
+    A network that follows it stays as it is. Otherwise, its class becomes a subclass of its own, and its modules and
+    their names stay. The map is the last one with more than one pixel from which everything after it is computed.
+    Shapes are those for images of at least 224 x 224, which most networks take, so that the map before global pooling
+    has more than one pixel.
 
     Raises:
         UserError (a ValueError): its forward cannot be traced, or no single feature map leads to its logits.
@@ -49,10 +49,8 @@ def split(network: nn.Module, input_size: Sequence[int]) -> None:
         try:
             graph = _RootTracer().trace(network)
         except Exception as error:  # forward may raise anything
-            raise UserError(
-                f"{kind.__name__} cannot be split into features and head ({first_line(error)}): give it "
-                f"{', '.join(PROTOCOL)}, as timm's networks have"
-            ) from error
+            fault = f"{kind.__name__} cannot be split into features and head ({first_line(error)})"
+            raise UserError(f"{fault}: {ADVICE}") from error
         cut, channels = _last_feature_map(network, graph, input_size)
         nodes = list(graph.nodes)
         end = nodes.index(cut) + 1
@@ -97,10 +95,8 @@ def _last_feature_map(network: nn.Module, graph: fx.Graph, input_size: Sequence[
             maps.append(node)
         reach = max([reach, *(position[user] for user in node.users)])
     if not maps:
-        raise UserError(
-            f"{type(network).__name__} has no feature map (B, C, H, W) that all of its logits are computed from: give "
-            f"it {', '.join(PROTOCOL)}, as timm's networks have"
-        )
+        fault = f"{type(network).__name__} has no feature map (B, C, H, W) that all of its logits are computed from"
+        raise UserError(f"{fault}: {ADVICE}")
     chosen = next((node for node in reversed(maps) if shapes[node][2] * shapes[node][3] > 1), maps[-1])
     return chosen, shapes[chosen][1]
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.conv import ConvPlan, Network, standard_conv, standard_convs
+from model.conv import ConvPlan, Network, standard_conv
 from model.fused import FusedSequential, with_norm_relu
 from utils.errors import UserError
 
@@ -31,8 +31,8 @@ class VGG(Network):
     def __init__(
         self,
         depths: Sequence[int],
-        num_classes: int = 10,
-        convs: ConvPlan = standard_convs,
+        num_classes: int,
+        convs: ConvPlan,
         classifier: str = "linear",
         hidden: int = 512,
     ):

@@ -162,10 +162,9 @@ def check_match(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
         problems.append(f"{len(missing)} missing, first {missing[0]}")
     if unexpected := [key for key in given if key not in own]:
         problems.append(f"{len(unexpected)} unexpected, first {unexpected[0]}")
-    for key in own:
-        if key in given and _form(given[key]) != _form(own[key]):
-            problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
-            break
+    if misshapen := [key for key in own if key in given and _form(given[key]) != _form(own[key])]:
+        key = misshapen[0]
+        problems.append(f"{key} is {_form(given[key])} in the file, {_form(own[key])} in the network")
     if problems:
         raise UserError(f"{source} does not match: {'; '.join(problems)}")
     for key, value in given.items():
