@@ -61,7 +61,7 @@ class AugmentedBatches(Batches):
     def __init__(self, *args, padding: int, flip: bool, seed: int):
         super().__init__(*args)
         self.num_images = without_a_small_last(self.num_images, self.batch_size)
-        self.height, self.width = self.images.shape[1:3]
+        self.rows, self.columns = map(torch.arange, self.images.shape[1:3])
         self.images = F.pad(self.images, (0, 0, padding, padding, padding, padding))
         self.padding, self.flip, self.seed = padding, flip, seed
         self.set_epoch(0)
@@ -77,9 +77,8 @@ class AugmentedBatches(Batches):
         order = torch.randperm(count, generator=generator)[: self.num_images]
         corner = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
         mirrored = torch.rand((count, 1), generator=generator) < (0.5 if self.flip else 0)
-        rows, columns = torch.arange(self.height), torch.arange(self.width)
-        rows = (corner[0] + rows).to(device)
-        columns = (corner[1] + torch.where(mirrored, columns.flip(0), columns)).to(device)
+        rows = (corner[0] + self.rows).to(device)
+        columns = (corner[1] + torch.where(mirrored, self.columns.flip(0), self.columns)).to(device)
         batches = order.to(device).split(self.batch_size)[self.start :]
         for position, chosen in enumerate(batches, start=self.start + 1):
             self.position = position
