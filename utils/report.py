@@ -206,9 +206,8 @@ def not_finite(rows: Sequence[Row]) -> list[str]:
 def unsteady(rows: Sequence[Row]) -> list[str]:
     """A note that explains the mark of unsteady latencies, if there are any."""
     spread = max((latency.spread for row in rows for latency in row.latencies.values()), default=0)
-    if spread <= UNSTEADY:
-        return []
-    return [
+    note = (
         f"Latencies marked {MARK} vary by more than {UNSTEADY:.0%} of their median between passes, the worst by "
         f"{spread:.0%}: the machine was busy, or its clock changed; measure them again before relying on them."
-    ]
+    )
+    return [note] if spread > UNSTEADY else []

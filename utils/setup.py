@@ -87,8 +87,7 @@ class Run:
             names, points = meta.build["replaced"], meta.budget
         elif config.pruned_num == AUTO:
             found = Candidates(build, self.teacher, self.dataset.input_size, self.sample(), self.loaders.val)
-            by_macs = config.max_drop is None
-            number = found.within_macs(config.macs) if by_macs else found.within_drop(config.max_drop)
+            number = found.within_macs(config.macs) if config.macs else found.within_drop(config.max_drop)
             names, points = found.names[:number], found.curve(number)
         return [build(replaced=names) for _ in range(config.num_students)], points
 
