@@ -21,8 +21,6 @@ from utils import distributed
 from utils.distributed import share
 from utils.errors import UserError
 
-Crop = Callable[[bytes, int], Tensor]  # path, seed -> (3, S, S) uint8
-
 
 class Order:
     """A batch sampler that requests each image as (index, seed), in order or, with a seed, shuffled.
@@ -57,7 +55,7 @@ class ImageFiles(Dataset):
     images cannot be read, by path.
     """
 
-    def __init__(self, split: Split, crop: Crop):
+    def __init__(self, split: Split, crop: Callable[[bytes, int], Tensor]):
         self.split, self.crop = split, crop
 
     def __getitem__(self, requests: list[tuple[int, int]]) -> tuple[Any, Any, dict[bytes, str]]:
@@ -79,7 +77,7 @@ class StreamedBatches:
     all processes of a run iterate in step; in evaluation, each iterates over its own images.
 
     Args:
-        crop: reads an image file.
+        crop: reads an image file: path, seed -> (3, S, S) uint8.
         workers: processes that read images; with 0, this process does. Workers for training persist between epochs.
         skipped: collects the images that cannot be read.
         seed: of the order in training, which leaves out batches with fewer than two images in a process.
@@ -92,7 +90,7 @@ class StreamedBatches:
         self,
         split: Split,
         batch_size: int,
-        crop: Crop,
+        crop: Callable[[bytes, int], Tensor],
         normalize: Normalization,
         workers: int,
         skipped: SkippedImages,
