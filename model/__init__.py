@@ -52,7 +52,7 @@ def architecture_of(name: str, arch: str | None = None) -> str:
 def check_architecture(arch: str, name: str) -> None:
     """Raise a UserError unless `name` is a network of the architecture `arch`."""
     if external.is_external(arch):
-        external.check(arch, name.removesuffix(SPARSE))
+        external.find(arch, name.removesuffix(SPARSE))
     elif architecture_of(name, arch) != arch:
         raise UserError(f"{name} is not a network of --arch {arch}: {', '.join(ARCHITECTURES[arch].NETWORKS)}")
 

@@ -1,12 +1,12 @@
 """Networks of other projects: of torchvision, of timm, or built by a function in a Python file."""
 
 import difflib
-import functools
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,32 +30,39 @@ def is_file(arch: str | None) -> bool:
     return arch is not None and arch.endswith(".py")
 
 
-def check(arch: str, name: str) -> None:
-    """Raise a UserError unless `arch` has a network `name`."""
-    if is_file(arch):
-        _function(arch, name)
-    else:
-        known = _library(arch)[1]
-        if name.split(".")[0] not in known:  # in timm's names, a tag of pretrained weights may follow a dot
-            close = ", ".join(difflib.get_close_matches(name, known, n=6)) or "its documentation for the names"
-            raise UserError(f"{arch} has no network '{name}': try {close}")
-
-
-def standard(arch: str, name: str, num_classes: int) -> nn.Module:
-    """The network `name` of `arch`, untrained.
+def find(arch: str, name: str) -> Callable[..., nn.Module]:
+    """The function of `arch` that builds the network `name`.
 
     Raises:
         UserError (a ValueError): unknown arch or name, a library that is not installed.
     """
-    check(arch, name)
-    if not is_file(arch):
-        # Only these two have auxiliary classifiers, whose losses are no part of the objective.
-        auxiliary = arch == "torchvision" and name in FROM_TENSORFLOW
-        options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
-        return _library(arch)[0](name, num_classes=num_classes, **options)
-    function = _function(arch, name)
-    options = {"num_classes": num_classes} if "num_classes" in inspect.signature(function).parameters else {}
-    network = function(**options)
+    if is_file(arch):
+        module = _load_file(Path(arch).resolve())
+        if not callable(getattr(module, name, None)):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+            raise UserError(f"{arch} defines no function '{name}': it has {', '.join(own) or 'none'}")
+        return getattr(module, name)
+    try:
+        library = importlib.import_module("torchvision.models" if arch == "torchvision" else arch)
+    except ImportError as error:
+        raise UserError(
+            f"--arch {arch} needs the package {arch}, which is not installed: pip install {arch}"
+        ) from error
+    known = library.list_models(module=library) if arch == "torchvision" else library.list_models()
+    if name.split(".")[0] not in known:  # in timm's names, a tag of pretrained weights may follow a dot
+        close = ", ".join(difflib.get_close_matches(name, known, n=6)) or "its documentation for the names"
+        raise UserError(f"{arch} has no network '{name}': try {close}")
+    # Only these two have auxiliary classifiers, whose losses are no part of the objective.
+    auxiliary = arch == "torchvision" and name in FROM_TENSORFLOW
+    options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
+    return partial(library.get_model if arch == "torchvision" else library.create_model, name, **options)
+
+
+def standard(arch: str, name: str, num_classes: int) -> nn.Module:
+    """The network `name` of `arch`, untrained; raises as `find`, or if that is no nn.Module."""
+    function = find(arch, name)
+    takes_classes = not is_file(arch) or "num_classes" in inspect.signature(function).parameters
+    network = function(num_classes=num_classes) if takes_classes else function()
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} of {arch} returned a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -68,8 +75,8 @@ def build(
 
     Args:
         cheap: arguments of `model.convert.cheapen`, for a student; None for a standard network.
-        input_size: (C, H, W) of its images. If given, students and networks of Python files are split where that is
-            possible: in channels_last, a head that flattens its feature map with `view` fails otherwise.
+        input_size: (C, H, W) of its images. If given, students and networks of Python files get timm's protocol where
+            that is possible. In channels_last, a head that flattens its feature map with `view` fails otherwise.
 
     Raises:
         UserError (a ValueError): as `standard` and `cheapen`; nothing to replace.
@@ -87,29 +94,7 @@ def build(
     return network
 
 
-def _library(arch: str) -> tuple[Callable[..., nn.Module], list[str]]:
-    """The function of a library that builds a network by its name, and the names that it has."""
-    try:
-        library = importlib.import_module("torchvision.models" if arch == "torchvision" else arch)
-    except ImportError as error:
-        raise UserError(
-            f"--arch {arch} needs the package {arch}, which is not installed: pip install {arch}"
-        ) from error
-    if arch == "torchvision":
-        return library.get_model, library.list_models(module=library)
-    return library.create_model, library.list_models()
-
-
-def _function(arch: str, name: str) -> Callable[..., nn.Module]:
-    """The function `name` of the Python file `arch`."""
-    module = _load_file(Path(arch).resolve())
-    if not callable(getattr(module, name, None)):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise UserError(f"{arch} defines no function '{name}': it has {', '.join(own) or 'none'}")
-    return getattr(module, name)
-
-
-@functools.cache
+@cache
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"--arch {path} does not exist: name a Python file, or an architecture")
