@@ -164,12 +164,12 @@ class Candidates:
         Raises:
             UserError: one is too many.
         """
-        allowed, numbers = self.top1(0) - points, range(len(self.names), 0, -1)
-        too_many = bisect_left(numbers, True, key=lambda number: self.top1(number) >= allowed)
-        if too_many == len(numbers):
+        allowed, descending = self.top1(0) - points, range(len(self.names), 0, -1)
+        first = bisect_left(descending, True, key=lambda number: self.top1(number) >= allowed)
+        if first == len(descending):
             least = self.top1(0) - self.top1(1)
             raise UserError(f"--max_drop {points:g} is too small: one cheap convolution costs {least:.2f} points")
-        return numbers[too_many]
+        return descending[first]
 
     def curve(self, chosen: int) -> list[list[float]]:
         """Number of cheap convolutions, share of the MACs and top-1 of some students, by number.

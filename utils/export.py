@@ -40,6 +40,7 @@ METADATA = (
     *("model", "conv", "groups", "pruned_num"),
 )
 
+Session = Callable[[np.ndarray], np.ndarray]  # images (B, 3, H, W) -> logits (B, K)
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _FROM_SOURCE = ("stack_trace", "nn_module_stack", "from_node", "source_fn_stack", "torch_fn")
 
@@ -191,8 +192,8 @@ def to_pt2(graph: fx.GraphModule, meta: dict[str, Any]) -> bytes:
 WRITERS = dict(zip(FORMATS, (to_onnx, to_torchscript, to_pt2), strict=True))
 
 
-def session(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """An ONNX file as a function, images -> logits, run by ONNX Runtime in as many CPU threads as PyTorch has."""
+def session(content: bytes) -> Session:
+    """The network of an ONNX file, run by ONNX Runtime in as many CPU threads as PyTorch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -207,9 +208,7 @@ def runtime_version() -> str:
     return importlib.import_module("onnxruntime").__version__
 
 
-def compare(
-    run: Callable[[np.ndarray], np.ndarray], network: nn.Module, meta: dict[str, Any], test: Batches
-) -> Agreement:
+def compare(run: Session, network: nn.Module, meta: dict[str, Any], test: Batches) -> Agreement:
     """Compare the logits of `run` with the network's on the images of `test`; the first one also as a batch of one.
 
     `run` gets the pixels before normalization; the network runs in float32 on the CPU.
