@@ -65,10 +65,6 @@ class Execution:
     remark: str = ""  # why faster code cannot be used
     tunes_cudnn: bool = False  # cuDNN times its algorithms, which pays since all batches have one shape
 
-    @property
-    def graphed(self) -> bool:
-        return self.code in (GRAPH, COMPILED)
-
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which networks compute: BatchNorm statistics, losses and the optimizer stay float32."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -17,7 +17,7 @@ from model.weights import load_momentum, load_weights, place
 from utils import checkpoint, distributed
 from utils.checkpoint import Meta, Progress, TrainingCheckpoint
 from utils.config import Config
-from utils.device import COMPILED, Execution, GraphedStep, changes, environment, random_state, set_random_state
+from utils.device import COMPILED, GRAPH, Execution, GraphedStep, changes, environment, random_state, set_random_state
 from utils.errors import UserError
 from utils.files import to_plain
 from utils.interruption import interruption
@@ -64,10 +64,11 @@ class Trainer:
             if config.sync_bn:
                 distributed.synchronize_batch_norm(self.learner)
             self.forward = DistributedDataParallel(self.learner, [device] if device.type == "cuda" else None)
-        self.step = GraphedStep(self.train_step) if execution.graphed else self.train_step
+        graphed = execution.code in (GRAPH, COMPILED)
+        self.step = GraphedStep(self.train_step) if graphed else self.train_step
         self.rampup = 1.0
         # A CUDA graph reads the learning rate and the factor of the online term from memory.
-        self.on_device = torch.ones(2, device=device).unbind() if execution.graphed else None
+        self.on_device = torch.ones(2, device=device).unbind() if graphed else None
 
         self.epoch = 0
         self.means = EpochMeans()  # of the epoch in progress
@@ -147,8 +148,7 @@ class Trainer:
         if self.on_device:
             rate, rampup = (memory.fill_(value) for memory, value in zip(self.on_device, (rate, rampup), strict=True))
         self.rampup = rampup
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
 
     def _save_if_due(self, batches: AugmentedBatches, job: Job, meta: Meta) -> None:
         """Save the epoch in progress every --save_every_minutes, and before a signal ends the process."""
@@ -272,8 +272,8 @@ class Trainer:
         if batches is not None:  # their position is larger than the number of steps if some had no readable image
             progress = Progress(batches.position, random_state(self.device), **self.means.state_dict())
         optimizer = self.optimizer.state_dict()
-        for group in optimizer["param_groups"]:
-            group["lr"] = float(group["lr"])
+        (group,) = optimizer["param_groups"]
+        group["lr"] = float(group["lr"])
         return TrainingCheckpoint(
             epoch=self.epoch - 1 if progress else self.epoch,
             model=self.learner.state_dict(),

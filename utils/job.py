@@ -48,6 +48,7 @@ class Job:
         self.budget = folder / "budget.png"
         self.lock = Lock(folder / "lock")
         self.logger = log
+        self.how_to_go_on = f"continue with: {resume_command()}"
         self.writes = distributed.rank() == 0  # only one process of a run writes
         self.writers: dict[str, EventsWriter] = {}  # of tensorboard, by phase
         self._seen: dict[Path, tuple[int, ...]] | None = None
@@ -120,10 +121,6 @@ class Job:
         paths = self._files() | ({resumed} if resumed else set())
         stats = {path: path.stat() for path in paths if path.exists()}
         return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
-
-    @property
-    def how_to_go_on(self) -> str:
-        return f"continue with: {resume_command()}"
 
     def open(self, resumed: Path | None, epoch: int, reset: bool) -> None:
         """Create the folder, or clear it with `reset`, and start its logs. From then on the run can be resumed.
