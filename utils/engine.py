@@ -38,7 +38,7 @@ class Trainer:
         epoch: epochs done; during training, the one in progress.
         best: the best student on the validation set so far.
         waiting: the batches of the last epoch, with the share of its time that it waited for them.
-        seconds: of training and validation so far, including those before the run was resumed.
+        seconds: of training and validation up to the last save, including those before the run was resumed.
         reached: for a log line, the point that a resumed run goes on from.
     """
 
@@ -75,8 +75,7 @@ class Trainer:
         self.scores: Scores | None = None  # on the validation set, of the last epoch done
         self.best: Best | None = None
         self._begun: Progress | None = None  # the epoch that a resumed run had begun, from its checkpoint
-        self._saved_at = time.monotonic()
-        self.seconds, self._since = 0.0, time.perf_counter()
+        self.seconds, self._since = 0.0, time.perf_counter()  # the time of the last save
 
     def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
         """One step of SGD on this process's share of a batch, (B, 3, H, W) and (B,), in --accumulate parts."""
@@ -153,7 +152,7 @@ class Trainer:
     def _save_if_due(self, batches: AugmentedBatches, job: Job, meta: Meta) -> None:
         """Save the epoch in progress every --save_every_minutes, and before a signal ends the process."""
         interrupted, minutes = _interrupted(), self.config.save_every_minutes
-        if interrupted or (minutes and time.monotonic() - self._saved_at >= 60 * minutes):
+        if interrupted or (minutes and time.perf_counter() - self._since >= 60 * minutes):
             self._settle(len(batches), job)
             self._save(job.last, job, meta, batches)
             if interrupted:
@@ -176,7 +175,7 @@ class Trainer:
             UserError: a loss is not finite; model_best.pt is as it was, last.pt only if it was a loss in training.
             SystemExit: after a signal.
         """
-        self._since = time.perf_counter() - self.seconds
+        self._since = time.perf_counter()
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
@@ -261,13 +260,13 @@ class Trainer:
             self._save(job.best, job, meta)
 
     def _save(self, path: Path, job: Job, meta: Meta, batches: AugmentedBatches | None = None) -> None:
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
         if job.writes:
             checkpoint.save(path, self._state(meta, batches))
-        self._saved_at = time.monotonic()
 
     def _state(self, meta: Meta, batches: AugmentedBatches | None = None) -> TrainingCheckpoint:
         """A training checkpoint; `batches` are those of the epoch in progress, if there is one."""
-        self.seconds = time.perf_counter() - self._since
         progress = None
         if batches is not None:  # their position is larger than the number of steps if some had no readable image
             progress = Progress(batches.position, random_state(self.device), **self.means.state_dict())
