@@ -102,8 +102,7 @@ class Runner:
         Raises:
             UserError: no run matches; the folder of a run belongs to another one; a run failed (after all others).
         """
-        runs = list(grid(study, only))
-        if not runs:
+        if not (runs := list(grid(study, only))):
             raise UserError(f"the study {study} has no run '{only}': its runs have names like {next(grid(study)).name}")
         done = {record["run"] for record in read_records(self.out, study)}
         self.waiting = [run for run in runs if run.name not in done]
@@ -191,8 +190,7 @@ class Runner:
 
     def keep(self, run: Run) -> bool:
         """Append the record, keep the exported network of seed 0, and write RESULTS.md. False if the run failed."""
-        record = self.record(run)
-        if not record:
+        if not (record := self.record(run)):
             return False
         if run.seed == 0 and "diverged" not in record:
             (exported,) = self.job_dir(run).glob("*.pt")
@@ -252,10 +250,9 @@ def check(out: Path, study: str, data_dir: Path | None) -> bool:
     dataset, differ = None, []
     for path in paths:
         network, meta = checkpoint.load_network(path)
-        config = meta.config
-        dataset = dataset or data.load(config["dataset"], data_dir, config["val_size"], cores())
+        dataset = dataset or data.load(meta.config["dataset"], data_dir, meta.config["val_size"], cores())
         test = dataset.normalized_as(meta.mean, meta.std, meta.classes, path)
-        batches = Batches(test.test, config["eval_batch_size"], test.mean, test.std, device)
+        batches = Batches(test.test, meta.config["eval_batch_size"], test.mean, test.std, device)
         found = f"{accuracy(network.to(device), batches).top1:.2f}"
         expected = recorded.get(path.stem, "none")
         differ += [path.stem] if found != expected else []

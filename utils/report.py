@@ -121,9 +121,8 @@ def publish(run: Run, trainer: Trainer, meta: Meta, rows: list[Row], test: Score
     }
     with atomic_write(job.report_json, "w") as file:
         json.dump(content, file, indent=2)
-    table = tables.plain(tables.overview(rows, "test"))
-    printed = [table, *filter(None, [sentence]), f"exported {job.export}; more in {job.report}"]
-    job.logger.info("\n" + "\n\n".join(printed))
+    printed = [tables.plain(tables.overview(rows, "test")), sentence, f"exported {job.export}; more in {job.report}"]
+    job.logger.info("\n" + "\n\n".join(filter(None, printed)))
 
 
 def deploy(run: Run, exported: Path, network: nn.Module, meta: Meta) -> export.Deployment:
