@@ -29,9 +29,9 @@ def classified_files(name: str, root: Path, uses: Sequence[str]) -> DataSet:
         UserError: a split is missing, has two folders, or has images but no class folders; as `_data_set` does.
     """
     folders, remarks = _split_folders(root, uses)
-    files, others, loose = {}, [], []
+    files, others, all_loose = {}, [], []
     for use, folder in folders.items():
-        files[use] = {}
+        files[use], loose = {}, []
         for entry in _visible(os.scandir(folder)):
             if _is_folder(entry):
                 paths = list(_files_below(entry.path, {os.path.realpath(top) for top in (folder, *folder.parents)}))
@@ -46,14 +46,15 @@ def classified_files(name: str, root: Path, uses: Sequence[str]) -> DataSet:
                 f"{folder} has images, but no class folders: move each image into a folder of its class, "
                 f"{folder.name}/<class>/, or name the classes in a file (--labels FILE.csv)"
             )
+        all_loose += loose
     if others:
         suffixes = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in others).most_common(5)
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
         remarks.append(
             f"Left out: {len(others):,} files that Pillow does not read as images ({counts}), such as {min(others)}."
         )
-    if loose:
-        remarks.append(f"Left out: {len(loose):,} images beside the class folders, such as {min(loose)}.")
+    if all_loose:
+        remarks.append(f"Left out: {len(all_loose):,} images beside the class folders, such as {min(all_loose)}.")
     return _data_set(name, files, folders, TREE, remarks)
 
 

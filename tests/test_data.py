@@ -239,6 +239,12 @@ def remove_images(root):
         image.unlink()
 
 
+def empty_test(root):
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    (root / "train" / "dog" / "3.png").rename(root / "train" / "3.png")
+
+
 def flatten_test(root):
     for path in (root / "test").rglob("*.png"):
         path.rename(root / "test" / f"{path.parent.name}{path.name}")
@@ -257,6 +263,7 @@ def flatten_test(root):
             r"train/dog has no images that Pillow reads, only files such as .*/dog/0\.heic",
         ),
         (flatten_test, r"test has images, but no class folders: move each image into .*test/<class>/.*--labels"),
+        (empty_test, "no images in .*test: expected"),
         (lambda root: (root / "test").rename(root / "testing"), "neither test nor val"),
         (lambda root: (root / "train" / "dog").rename(root / "dog"), "holds 1 class"),
         (lambda root: [p.unlink() for p in (root / "train" / "dog").iterdir()], "no images in .*dog"),
