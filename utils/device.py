@@ -194,20 +194,18 @@ def set_random_state(states: dict[str, Tensor]) -> None:
             getattr(torch, kind).set_rng_state(states[kind])
 
 
-Step = Callable[[Tensor, Tensor], Any]  # (images, targets) -> tensors, whose values the next call may overwrite
-
-
 class GraphedStep:
     """Replays a training step as one CUDA graph, which removes the launch overhead of its thousands of small kernels.
 
     The first WARM_UP calls run `step` itself, the next one records it. The graph is for the batch size of the first
     call; batches of another size, such as the last of an epoch, go through `step`. All calls are real training steps.
-    Values that change from step to step, such as the learning rate, must be read from memory on the device.
+    Values that change from step to step, such as the learning rate, must be read from memory on the device. A call may
+    overwrite the tensors that the one before it returned.
     """
 
     WARM_UP = 3  # cuDNN and cuBLAS choose their algorithms, SGD creates its momentum
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Callable[[Tensor, Tensor], Any]):
         self.step = step
         self.calls, self.graph = 0, None
 
@@ -220,7 +218,12 @@ class GraphedStep:
         self.targets.copy_(targets)
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            return self._warm_up()
+            side = torch.cuda.Stream()  # on another stream than the default, as in recording
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                outputs = self.step(self.images, self.targets)
+            torch.cuda.current_stream().wait_stream(side)
+            return outputs
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -228,14 +231,6 @@ class GraphedStep:
             self.graph = graph
         self.graph.replay()
         return self.outputs
-
-    def _warm_up(self) -> Any:
-        side = torch.cuda.Stream()  # on another stream than the default, as in recording
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            outputs = self.step(self.images, self.targets)
-        torch.cuda.current_stream().wait_stream(side)
-        return outputs
 
 
 def cores(root: Path = Path("/")) -> int:
