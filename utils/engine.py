@@ -23,7 +23,7 @@ from utils.files import to_plain
 from utils.interruption import interruption
 from utils.job import Job
 from utils.methods import METHODS
-from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate
+from utils.metrics import Best, EpochMeans, Scores, StepResult, TrainingScores, all_logits, evaluate, flatten
 
 DIVERGED = "the loss is not finite"  # starts the error of a run that diverged; experiment/study.py looks for it
 
@@ -179,7 +179,7 @@ class Trainer:
         with interruption.deferred():
             if keep_initial and self.best is None:
                 self.scores = self._evaluate(val)
-                if not all(map(math.isfinite, self.scores.numbers().values())):
+                if not all(map(math.isfinite, flatten(to_plain(self.scores)).values())):
                     raise UserError("the logits of the student to refine are not finite on the validation set")
                 self._save(job.last, job, meta)  # model_best.pt alone would not be a run to resume
                 self._keep_best(job, meta)
@@ -193,10 +193,10 @@ class Trainer:
                 interruption.message = f"{self._title} is saved, not evaluated; {job.how_to_go_on}"
                 self.scores = self._evaluate(val)
                 interruption.message = job.how_to_go_on
-                rate = learning_rate(self.config, self.epoch)
-                self._check_finite(self.scores.numbers(), "on the validation set", rate, job.best)
+                rate, val_scores = learning_rate(self.config, self.epoch), to_plain(self.scores)
+                self._check_finite(flatten(val_scores), "on the validation set", rate, job.best)
                 self._keep_best(job, meta)
-                job.add_metrics(self.epoch, rate, to_plain(train_scores), to_plain(self.scores))
+                job.add_metrics(self.epoch, rate, to_plain(train_scores), val_scores)
                 self._save(job.last, job, meta)
                 left = (time.perf_counter() - started) / (self.epoch - first) * (self.config.num_epochs - self.epoch)
                 job.logger.info(

@@ -91,11 +91,7 @@ class Lock:
                 self._claim(file, fcntl.LOCK_SH)
 
     def acquire(self) -> None:
-        """Take the lock until `release` or the end of the process.
-
-        Raises:
-            UserError: another process holds it.
-        """
+        """Take the lock until `release` or the end of the process; raises a UserError if another process holds it."""
         while True:
             file = open(self.path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, closing it drops the lock
             self._claim(file, fcntl.LOCK_EX)

@@ -14,7 +14,6 @@ from data.loader import Batches
 from model.online import Students
 from utils import distributed
 from utils.errors import UserError
-from utils.files import to_plain
 
 TOP5_ABOVE = 10  # classes; top-5 says little about fewer
 
@@ -66,10 +65,6 @@ class Scores:
         columns = [[*values.students, values.online_teacher] for values in (self.accuracy, self.top5) if values]
         rows = [Accuracy(*row) for row in zip(*columns, strict=True)]
         return [row for row in rows if row.top1 is not None]
-
-    def numbers(self) -> dict[str, float]:
-        """All scores by their tensorboard names."""
-        return flatten(to_plain(self))
 
     def __str__(self) -> str:
         """For a log line: "students 91.20 91.52, online teacher 92.31", with top-5 in parentheses if there is any."""
