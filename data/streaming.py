@@ -161,9 +161,9 @@ def _signals_blocked() -> Iterator[None]:
     """Workers that start within this context do not get the signals that this process handles in Python.
 
     A terminal or a job scheduler signals all processes of a group. The workers would end with a traceback before this
-    process is ready to end.
+    process is ready to end. SIGCHLD stays: a fork server, which may start here, learns by it which workers have ended.
     """
-    handled = {number for number in signal.valid_signals() if callable(signal.getsignal(number))}
+    handled = {number for number in signal.valid_signals() if callable(signal.getsignal(number))} - {signal.SIGCHLD}
     before, others = signal.pthread_sigmask(signal.SIG_BLOCK, handled), set(active_children())
     try:
         resource_tracker.ensure_running()  # multiprocessing would start it, and thereby unblock SIGINT and SIGTERM

@@ -1,6 +1,7 @@
 """Images that stream from their files: which do, their crops, damaged files, and whole runs."""
 
 import errno
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -210,10 +211,14 @@ def test_streaming_leaves_the_random_numbers_of_the_networks_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_do_not_depend_on_how_processes_start(tmp_path, method):
-    paths = stream_tree(tmp_path / "set", count=2)
+    paths, others = stream_tree(tmp_path / "set", count=2), set(multiprocessing.active_children())
+    epoch_of(streamed(paths, workers=1))  # from now on PyTorch handles SIGCHLD
     batches = streamed(paths, workers=1)
     batches.loader.multiprocessing_context = method
     assert same(epoch_of(batches)[0], epoch_of(streamed(paths))[0])
+    del batches
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= others  # else this process would wait for them when it ends
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(9, [4, 4]), (10, [4, 4, 2]), (4, [4])])
