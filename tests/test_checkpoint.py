@@ -171,6 +171,18 @@ def test_weights_that_do_not_match_are_never_loaded(tmp_path, edit, message):
         checkpoint.load_student(tmp_path / "student.pt")
 
 
+@pytest.mark.parametrize("state", [torch.zeros(9, dtype=torch.uint8), torch.get_rng_state().float()])
+def test_random_numbers_that_pytorch_cannot_go_on_from_are_refused(tmp_path, state):
+    progress = {"position": 1, "names": ["loss"], "losses": torch.ones(1, 1), "sizes": torch.ones(1)}
+    progress |= {"correct": torch.ones(1), "random": {"cpu": torch.get_rng_state()}}
+    training_checkpoint(tmp_path / "last.pt")
+    change(tmp_path / "last.pt", lambda content: content.update(progress=progress))
+    assert checkpoint.load(tmp_path / "last.pt").progress.position == 1
+    change(tmp_path / "last.pt", lambda content: content["progress"]["random"].update(cpu=state))
+    with pytest.raises(ValueError, match="is no whole training checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     exported(tmp_path / "student.pt")
     before = (tmp_path / "student.pt").read_bytes()

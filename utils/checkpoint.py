@@ -177,9 +177,17 @@ def _is_consistent(record: TrainingCheckpoint | ExportedNetwork) -> bool:
             facts.append(values is None or len(values.students) == students)
         facts.append(record.best is None or record.best.student < students)
         if progress:
-            facts.append("cpu" in progress.random)
+            facts.append(_is_random_state(progress.random.get("cpu")))
             facts.append((progress.losses.dim(), progress.sizes.dim(), progress.correct.dim()) == (2, 1, 1))
     return all(facts)
+
+
+def _is_random_state(value: Tensor | None) -> bool:
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _count_students(weights: dict[str, Tensor], prefix: str) -> int:
