@@ -186,7 +186,7 @@ def plot(figure: Any, title: str, table: Table, groups: Groups) -> None:
     axes.set(title=title, xlabel="parameters", xscale="log")
     axes.set_ylabel("test accuracy, top-1 %: mean and standard error")
     axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
-    axes.set_xticks(sizes, [f"{size / 1e3:.1f} k" for size in sizes])
+    axes.set_xticks(sizes, [f"{size / 1e3:.0f} k" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
