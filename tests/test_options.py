@@ -83,6 +83,8 @@ CONTRADICTIONS = [
     ("main", ("--test_only", "--reset"), "leave out --reset"),
     ("finetune", (), "--refine FILE is missing"),
     ("finetune", (*REFINE, "--pretrain"), "belongs to main.py"),
+    ("finetune", (*REFINE, "--pruned_num", "auto"), "leave out --pruned_num"),
+    ("finetune", (*REFINE, "--max_drop", "2"), "leave out --max_drop"),
     ("finetune", (*REFINE, "--lambda", "0.8"), "leave out --lambda"),
     ("finetune", (*REFINE, "--num_students", "4"), "leave out --num_students"),
     ("finetune", (*REFINE, "--method", "od"), "leave out --method"),

@@ -160,7 +160,8 @@ def _settle_finetune(config: Config) -> Config:
     if config.refine is None:
         raise UserError("--refine FILE is missing: name the student (with --pruned) or the checkpoint to refine")
     config.refuse("pretrain", message="{flag} belongs to main.py")
-    config.refuse("macs", "max_drop", message="finetune.py keeps the convolutions of the student: leave out {flag}")
+    chosen = ["pruned_num"] if config.pruned_num == AUTO else ["macs", "max_drop"]
+    config.refuse(*chosen, message="finetune.py keeps the convolutions of the student: leave out {flag}")
     message = "finetune.py has no online teacher: leave out {flag}"
     config.refuse("lam", "detach_teacher", "rampup_epochs", message=message)
     config.refuse("init", message="finetune.py starts from the student that it refines: leave out {flag}")
