@@ -57,9 +57,11 @@ def _rows(variants: str, teacher: str = "teacher") -> tuple[Row, ...]:
         Row("OD", "od", "", teacher),
         Row("OD, λ = 0", "od_lambda_0", "--lambda 0", teacher),
         Row("OD, from the teacher's weights", "od_init", "--init teacher", teacher),
+        Row("OD, from the teacher's weights, μ = 0", "od_init_miu_0", "--init teacher --miu 0", teacher, seeds=1),
         Row("OD, teacher of 45,000 images", "od_transfer", "", "teacher"),
         Row("OD, weights of 45,000 images", "od_init_transfer", "--init teacher", "teacher"),
         Row("OD, no pretrained teacher (μ = 0)", "od_teacher_free", ""),
+        Row("OD, no pretrained teacher, 60 epochs", "od_teacher_free_60", "--num_epochs 60", seeds=1),
         Row("OD, λ = 0, no pretrained teacher", "od_teacher_free_lambda_0", "--lambda 0"),
         Row("DML", "dml", "--method dml"),
         Row("ONE", "one", "--method one"),
@@ -76,7 +78,8 @@ COMPARED = {
     "od": "scratch kd od_teacher_free od_lambda_0",
     "scratch_init": "scratch",
     "kd_init": "scratch_init",
-    "od_init": "scratch_init",
+    "od_init": "scratch_init od_init_miu_0",
+    "od_teacher_free_60": "scratch_60",
     "scratch_init_transfer": "scratch",
     "od_init_transfer": "scratch_init_transfer",
 }
@@ -85,8 +88,8 @@ CIFAR = "--dataset folder --val_size 5000 --arch resnet --teacher_model resnet_2
 TREE = "as a tree of image files, train/<class>/* and test/<class>/*"
 FEW, ALL = "5,000 training images, 60 epochs", "45,000 training images, 30 epochs"
 ALL_VARIANTS = (
-    "teacher scratch kd scratch_init kd_init od_teacher_free od od_init teacher_60 scratch_60 od_teacher_free_lambda_0 "
-    "od_lambda_0 dml one kdcl okddip"
+    "teacher scratch kd scratch_init kd_init od_teacher_free od od_init teacher_60 scratch_60 od_teacher_free_60 "
+    "od_init_miu_0 od_teacher_free_lambda_0 od_lambda_0 dml one kdcl okddip"
 )
 FEW_VARIANTS = "scratch scratch_init od_init"
 TRANSFER_VARIANTS = (
