@@ -18,7 +18,7 @@ from utils import checkpoint, distributed
 from utils.checkpoint import Meta, Progress, TrainingCheckpoint
 from utils.config import Config
 from utils.device import COMPILED, GRAPH, Execution, GraphedStep, changes, environment, random_state, set_random_state
-from utils.errors import UserError
+from utils.errors import UserError, log
 from utils.files import to_plain
 from utils.interruption import interruption
 from utils.job import Job
@@ -132,7 +132,7 @@ class Trainer:
                     loss, waited = f"{means.losses[-1][0]:.4f}", self.waiting.share
                     bar.set_postfix(loss=loss, data=waited)
                     if bar.disable and means.steps < steps:  # without a terminal
-                        job.logger.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}, data {waited}")
+                        log.info(f"{self._title}, step {means.steps}/{steps}: loss {loss}, data {waited}")
                 self._save_if_due(batches, job, meta)
         self._settle(steps, job)
         distributed.copy_buffers_of_first(self.learner)
@@ -199,7 +199,7 @@ class Trainer:
                 job.add_metrics(self.epoch, rate, to_plain(train_scores), val_scores)
                 self._save(job.last, job, meta)
                 left = (time.perf_counter() - started) / (self.epoch - first) * (self.config.num_epochs - self.epoch)
-                job.logger.info(
+                log.info(
                     f"{self._title}: loss {train_scores.loss['total']:.4f}, "
                     f"validation {self.scores}, best {self.best.accuracy:.2f}; "
                     + (speed if images else "")  # a resumed run may have had its last step

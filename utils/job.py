@@ -16,7 +16,7 @@ from tensorboardX.summary import scalar
 
 from utils import distributed
 from utils.config import BEST, FORMATS, LAST, RESUME_LAST
-from utils.errors import UserError, log, log_to
+from utils.errors import UserError, log_to
 from utils.files import Lock, atomic_write, delete_unfinished
 from utils.interruption import interruption, resume_command
 from utils.metrics import flatten
@@ -47,7 +47,6 @@ class Job:
         self.curves = folder / "curves.png"
         self.budget = folder / "budget.png"
         self.lock = Lock(folder / "lock")
-        self.logger = log
         self.how_to_go_on = f"continue with: {resume_command()}"
         self.writes = distributed.rank() == 0  # only one process of a run writes
         self.writers: dict[str, EventsWriter] = {}  # of tensorboard, by phase

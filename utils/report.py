@@ -17,6 +17,7 @@ from utils.checkpoint import Meta
 from utils.cost import count, forward_pass, latency
 from utils.device import describe
 from utils.engine import Trainer
+from utils.errors import log
 from utils.files import atomic_write, to_plain
 from utils.job import read_metrics
 from utils.methods import METHODS
@@ -69,7 +70,7 @@ def publish(run: Run, trainer: Trainer, meta: Meta, rows: list[Row], test: Score
         (teacher,) = (row for row in rows if row.role == "online_teacher")
         ensemble = {"method": config.method, "num_students": len(teacher.network.students)}
         of_teacher = replace(meta, accuracy=teacher.accuracies(), ensemble=ensemble)
-        job.logger.info(f"exported {job.export_teacher}, the online teacher")
+        log.info(f"exported {job.export_teacher}, the online teacher")
         network = Ensemble(teacher.network)
         checkpoint.export(job.export_teacher, network, of_teacher)
         deploy(run, job.export_teacher, network, of_teacher)
@@ -122,7 +123,7 @@ def publish(run: Run, trainer: Trainer, meta: Meta, rows: list[Row], test: Score
     with atomic_write(job.report_json, "w") as file:
         json.dump(content, file, indent=2)
     printed = [tables.plain(tables.overview(rows, "test")), sentence, f"exported {job.export}; more in {job.report}"]
-    job.logger.info("\n" + "\n\n".join(filter(None, printed)))
+    log.info("\n" + "\n\n".join(filter(None, printed)))
 
 
 def deploy(run: Run, exported: Path, network: nn.Module, meta: Meta) -> export.Deployment:
@@ -130,7 +131,7 @@ def deploy(run: Run, exported: Path, network: nn.Module, meta: Meta) -> export.D
     deployment = export.write(exported, network, to_plain(meta), run.config.export, run.loaders.test)
     files = [f"also exported {', '.join(map(str, deployment.files))}"] if deployment.files else []
     for line in (*files, *deployment.notes(), *deployment.doubts()):
-        run.job.logger.info(line)
+        log.info(line)
     return deployment
 
 

@@ -137,7 +137,7 @@ class Run:
             lines += [f"pretrained teacher: {found} on the validation set{role}", *self.remarks]
         job.open(self.resumed, trainer.epoch, config.reset)
         for line in (*lines, *notes):
-            job.logger.info(line)
+            log.info(line)
         trainer.fit(self.loaders.train, val, job, meta, keep_initial)
         trainer.load_best(job)
 
