@@ -76,7 +76,7 @@ def _rows(variants: str, teacher: str = "teacher") -> tuple[Row, ...]:
 COMPARED = {
     "od_teacher_free": "scratch dml one od_teacher_free_lambda_0",
     "od": "scratch kd od_teacher_free od_lambda_0",
-    "scratch_init": "scratch scratch_60",
+    "scratch_init": "scratch",
     "kd_init": "scratch_init",
     "od_init": "scratch_init od_init_miu_0",
     "od_teacher_free_60": "scratch_60",
