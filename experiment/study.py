@@ -95,6 +95,7 @@ class Runner:
         self.slots = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else threads for i in range(self.jobs)]
         self.waiting: list[Run] = []
         self.running: dict[Run, tuple[subprocess.Popen, dict[str, str]]] = {}
+        self.commits: dict[Run, str | None] = {}  # of the code that the runs started with
 
     def run(self, study: str, only: str = "*") -> None:
         """Train and record the runs without a record, and the teachers that they need.
@@ -144,7 +145,7 @@ class Runner:
 
     def start(self, run: Run) -> None:
         self.waiting.remove(run)
-        slot = self.slots.pop(0)
+        slot, self.commits[run] = self.slots.pop(0), _commit()
         with open(self.log(run), "a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-u", *self.command(run), "--resume"],
@@ -231,7 +232,7 @@ class Runner:
             "flags": run.flags + (f" --teacher_dir {{{run.row.teacher}}}" if run.row.teacher else ""),
             "environment": {key: environment[key] for key in ("device", "threads", "execution", "precision", "torch")},
             "seconds": round(report["seconds"]),
-            "commit": _commit(),
+            "commit": self.commits.get(run),
         }
 
 
