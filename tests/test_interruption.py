@@ -237,10 +237,11 @@ import os, signal, sys
 from utils.interruption import interruption
 
 interruption.catch()
+first, *others = sys.argv[1:]
 with interruption.deferred():
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), getattr(signal, first))
     print("still here", flush=True)
-    for name in sys.argv[1:]:
+    for name in others:
         os.kill(os.getpid(), getattr(signal, name))
     print("until the end", flush=True)
 print("not reached")
@@ -259,15 +260,22 @@ def run_code(code, *words, **environment):
 def test_deferred_signal_waits(second):
     """An echo of the first is not a second one, and neither are the warnings of schedulers."""
     output, error = "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"
-    assert run_code(PATIENT, *second) == (143, output, error)
+    assert run_code(PATIENT, "SIGTERM", *second) == (143, output, error)
 
 
 def test_second_signal_ends_a_process_at_once():
-    assert run_code(PATIENT, "SIGINT") == (130, "still here\n", "")
+    assert run_code(PATIENT, "SIGTERM", "SIGINT") == (130, "still here\n", "")
+
+
+def test_request_after_a_warning_is_the_first_one():
+    """Of two signals at once, the system may deliver the second one first."""
+    output, error = "still here\nuntil the end\n", "interrupted by SIGINT: nothing was changed\n"
+    assert run_code(PATIENT, "SIGUSR1", "SIGINT") == (130, output, error)
+    assert run_code(PATIENT, "SIGUSR1", "SIGINT", "SIGTERM") == (143, "still here\n", "")
 
 
 def test_signal_that_torchrun_relays_is_no_second_one():
-    code, output, _ = run_code(PATIENT, "SIGINT", TORCHELASTIC_RUN_ID="none")
+    code, output, _ = run_code(PATIENT, "SIGTERM", "SIGINT", TORCHELASTIC_RUN_ID="none")
     assert (code, output) == (143, "still here\nuntil the end\n")
 
 

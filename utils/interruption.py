@@ -32,8 +32,7 @@ class Interruption:
     def __init__(self):
         self.pending = 0
         self.message = "nothing was changed"
-        self._deferred = False
-        self._received_at = 0.0
+        self._deferred, self._received_at = False, 0.0
 
     def catch(self) -> None:
         """Handle the signals from now on, except those that are ignored already, as with nohup."""
@@ -42,9 +41,10 @@ class Interruption:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.pending:
+        first = not self.pending
+        if first or (self.pending in WARNINGS and number in REQUESTS):  # after a warning, a request is the first one
             self.pending, self._received_at = number, time.monotonic()
-            if not self._deferred:
+            if first and not self._deferred:
                 self.end()
             return
         # A limit of CPU time is signaled every second. torchrun forwards its signals to its processes, which may have
