@@ -1,4 +1,4 @@
-"""Runs of the scripts that several tests look at, and a look at what the tests leave behind."""
+"""Fixtures of several test files, and a look at what the tests leave behind."""
 
 import gc
 import os
@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model import fused
 from tests.helpers import succeed
+from tests.training import arguments
+from utils.job import Job
 
 torch.set_num_threads(1)  # the tests run side by side
 
@@ -32,6 +35,23 @@ def runs(tmp_path_factory):
     runs.refine_flags = ("--refine", runs.student_file, "--pruned", "--num_epochs", 2, "--lr", 0.01)
     runs.output["refined"] = succeed("finetune.py", *runs.refine_flags, "--job_dir", runs.refined)
     return runs
+
+
+@pytest.fixture
+def job(tmp_path):
+    """An open job_dir of `arguments()`."""
+    job = Job(tmp_path / "job", arguments().recorded())
+    job.open(None, epoch=0, reset=False)
+    yield job
+    job.close()
+
+
+@pytest.fixture
+def kernels():
+    """The compiled kernels. Without a compiler there is nothing to test; whoever runs the tests must have one."""
+    fused.enable()
+    yield
+    fused.disable()
 
 
 def processes_of_the_tests():

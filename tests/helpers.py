@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import finetune
 import main
@@ -204,3 +205,29 @@ def make_tree(root, splits=("train", "test"), classes=("cat", "dog"), count=6, s
                 Image.fromarray(image).convert(mode).save(directory / f"{i}.png")
             images[split, name] = pixels
     return images
+
+
+def channels_last(*size, seed=0, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=generator) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def random_norm(channels, seed=0):
+    norm = nn.BatchNorm2d(channels)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
+        tensor.copy_(torch.randn(channels, generator=generator))
+    norm.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+    return norm
+
+
+def distance(value, wanted):
+    """Relative, over the whole tensor: a single value near a ReLU's kink may fall on its other side by rounding."""
+    return ((value.double() - wanted).norm() / wanted.double().norm().clamp_min(1e-9)).item()
+
+
+def answers(network, images, meta):
+    """The network's logits of images in 0 .. 1, normalized by hand."""
+    mean, std = (np.float32(meta[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        return network(torch.from_numpy((images - mean) / std)).numpy()

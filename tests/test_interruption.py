@@ -1,7 +1,5 @@
 """Runs that are killed, interrupted, started twice, or out of space, and what they leave."""
 
-import errno
-import json
 import os
 import random
 import re
@@ -20,9 +18,6 @@ import torch
 import data
 from data.streaming import Order
 from tests.helpers import BUDGET, ROOT, assert_same_run, content_of, fail, make_tree, succeed
-from utils.errors import UserError
-from utils.files import FRESH, Lock
-from utils.interruption import resume_command
 
 SMALL = ("--dataset", "digits", "--teacher_model", "resnet_20", "--num_students", 2, "--train_batch_size", 32)
 SMALL += ("--num_epochs", 2, "--lr", 0.05)
@@ -232,105 +227,6 @@ def test_interrupted_streaming_run_and_its_workers_end_quietly_and_can_be_resume
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "job" / "metrics.jsonl").read_text()
 
 
-PATIENT = """
-import os, signal, sys
-from utils.interruption import interruption
-
-interruption.catch()
-first, *others = sys.argv[1:]
-with interruption.deferred():
-    os.kill(os.getpid(), getattr(signal, first))
-    print("still here", flush=True)
-    for name in others:
-        os.kill(os.getpid(), getattr(signal, name))
-    print("until the end", flush=True)
-print("not reached")
-"""
-
-
-def run_code(code, *words, **environment):
-    """(exit code, standard output, standard error) of a few lines of Python."""
-    command = [sys.executable, "-c", code, *words]
-    environment = os.environ | environment
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return result.returncode, result.stdout, result.stderr
-
-
-@pytest.mark.parametrize("second", [(), ("SIGTERM",), ("SIGXCPU", "SIGXCPU"), ("SIGHUP",)])
-def test_deferred_signal_waits(second):
-    """An echo of the first is not a second one, and neither are the warnings of schedulers."""
-    output, error = "still here\nuntil the end\n", "interrupted by SIGTERM: nothing was changed\n"
-    assert run_code(PATIENT, "SIGTERM", *second) == (143, output, error)
-
-
-def test_second_signal_ends_a_process_at_once():
-    assert run_code(PATIENT, "SIGTERM", "SIGINT") == (130, "still here\n", "")
-
-
-def test_request_after_a_warning_is_the_first_one():
-    """Of two signals at once, the system may deliver the second one first."""
-    output, error = "still here\nuntil the end\n", "interrupted by SIGINT: nothing was changed\n"
-    assert run_code(PATIENT, "SIGUSR1", "SIGINT") == (130, output, error)
-    assert run_code(PATIENT, "SIGUSR1", "SIGINT", "SIGTERM") == (143, "still here\n", "")
-
-
-def test_signal_that_torchrun_relays_is_no_second_one():
-    code, output, _ = run_code(PATIENT, "SIGTERM", "SIGINT", TORCHELASTIC_RUN_ID="none")
-    assert (code, output) == (143, "still here\nuntil the end\n")
-
-
-CAUGHT = """
-import os, signal, sys
-from utils.interruption import interruption
-
-# Whatever started the tests, such as nohup, may ignore it.
-signal.signal(getattr(signal, sys.argv[1]), signal.SIG_IGN if "ignored" in sys.argv else signal.SIG_DFL)
-interruption.catch()
-os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-print("not interrupted")
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
-def test_warnings_of_schedulers_end_a_process_in_order_unless_ignored(name):
-    error = f"interrupted by {name}: nothing was changed\n"
-    assert run_code(CAUGHT, name) == (128 + getattr(signal, name), "", error)
-    assert run_code(CAUGHT, name, "ignored") == (0, "not interrupted\n", "")
-
-
-ENDING = """
-import atexit, os, signal
-from utils.errors import exit_with
-from utils.interruption import interruption
-from utils.setup import run_script
-
-interruption.catch()
-atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
-run_script({})
-"""
-
-
-@pytest.mark.parametrize(("main", "expected"), [("lambda: None", (0, "")), ("lambda: exit_with(1)", (2, "error: 1\n"))])
-def test_signal_while_a_process_ends_changes_nothing(main, expected):
-    code, _, error = run_code(ENDING.format(main))
-    assert (code, error) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--reset", "--lr", "0.1"], ["--lr", "0.1", "--resume"]),
-        (["--resume", "a b.pt", "--lr", "0.1"], ["--lr", "0.1", "--resume"]),
-        (["--resume=a.pt", "--pretrain"], ["--pretrain", "--resume"]),
-        (["--pretrain", "--resume"], ["--pretrain", "--resume"]),
-        (["--resume", "--job_dir", "it's"], ["--job_dir", "it's", "--resume"]),
-    ],
-)
-def test_command_to_resume(monkeypatch, flags, expected):
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "main.py", *flags])
-    assert shlex.split(resume_command()) == [sys.executable, "-u", "main.py", *expected]
-
-
 # --- started twice
 
 
@@ -347,110 +243,6 @@ def test_second_run_in_a_job_dir_is_refused(tmp_path):
     assert (job / "lock").exists()
     succeed("main.py", *SMALL, "--num_epochs", 1, "--reset", "--job_dir", job)
     assert not (job / "lock").exists()
-
-
-def write_owner(path, **owner):
-    path.write_text(json.dumps(owner))
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
-def test_lock_that_says_nothing_is_taken_over(tmp_path, content):
-    lock = Lock(tmp_path / "lock")
-    lock.path.write_text(content)
-    lock.check()
-    lock.acquire()
-    assert json.loads(lock.path.read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
-    lock.release()
-    assert not lock.path.exists()
-
-
-def test_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
-    """Also if its number is now that of another process, such as 1."""
-    lock = Lock(tmp_path / "lock")
-    write_owner(lock.path, pid=1, host=socket.gethostname())
-    lock.check()
-    lock.acquire()
-    lock.release()
-
-
-def age(path, seconds):
-    os.utime(path, (time.time() - seconds,) * 2)
-
-
-def test_lock_of_another_host_is_respected_while_it_is_fresh(tmp_path):
-    lock = Lock(tmp_path / "lock")
-    write_owner(lock.path, pid=7, host="elsewhere")
-    for claim in (lock.check, lock.acquire):
-        with pytest.raises(UserError, match=f"process 7 on elsewhere, .*if that process is gone, delete {lock.path}"):
-            claim()
-    assert json.loads(lock.path.read_text())["host"] == "elsewhere"
-    age(lock.path, FRESH + 1)
-    lock.check()
-    lock.acquire()
-    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-    lock.release()
-
-
-def test_lock_stays_fresh_while_its_owner_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.files.TOUCHED_EVERY", 0.01)
-    lock = Lock(tmp_path / "lock")
-    lock.acquire()
-    age(lock.path, FRESH + 1)
-    for _ in range(200):
-        if time.time() - lock.path.stat().st_mtime < FRESH:
-            break
-        time.sleep(0.05)
-    else:
-        raise AssertionError("it was not touched")
-    lock.release()
-
-
-@pytest.mark.parametrize(("job", "taken_over"), [("5", True), ("6", False), (None, False)])
-def test_lock_of_the_same_slurm_job_is_taken_over(tmp_path, monkeypatch, job, taken_over):
-    write_owner(tmp_path / "lock", pid=7, host="elsewhere", slurm_job_id="5")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-    lock = Lock(tmp_path / "lock")
-    if not taken_over:
-        with pytest.raises(UserError, match="process 7 on elsewhere"):
-            lock.acquire()
-        return
-    lock.acquire()
-    assert json.loads(lock.path.read_text())["slurm_job_id"] == "5"
-    lock.release()
-
-
-def test_owner_notices_that_its_lock_was_taken_over(tmp_path):
-    """As after a night's suspension; it does not delete the lock of the run that has the folder now."""
-    lock = Lock(tmp_path / "lock")
-    lock.acquire()
-    os.utime(lock.path, (0, 0))
-    lock.renew()
-    assert time.time() - lock.path.stat().st_mtime < 60
-    write_owner(lock.path, pid=7, host="elsewhere")
-    with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
-        lock.renew()
-    lock.release()
-    assert lock.path.exists()
-
-
-def test_lock_where_the_file_system_has_none_goes_by_what_it_says(tmp_path, monkeypatch):
-    def lockf(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", lockf)
-    lock = Lock(tmp_path / "lock")
-    lock.acquire()
-    with pytest.raises(UserError, match=f"process {os.getpid()} on .* delete"):
-        Lock(lock.path).check()
-    lock.release()
-    Lock(lock.path).check()
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    write_owner(lock.path, pid=ended.pid, host=socket.gethostname())
-    lock.acquire()
-    lock.release()
 
 
 # --- out of space

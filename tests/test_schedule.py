@@ -4,12 +4,8 @@ import math
 
 import pytest
 
-from utils import options
+from tests.training import arguments
 from utils.engine import learning_rate, online_rampup
-
-
-def arguments(*flags):
-    return options.parse("main", ["--dataset", "digits", *map(str, flags)])
 
 
 def test_learning_rates():

@@ -1,12 +1,5 @@
 """Images that stream from their files: which do, their crops, damaged files, and whole runs."""
 
-import errno
-import gc
-import multiprocessing
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,14 +9,10 @@ from torch import nn
 
 import data
 from data import make_loaders
-from data.crops import EvaluationCrop, TrainingCrop
 from data.folder import folder
-from data.images import SkippedImages
-from data.loader import Normalization
-from data.sources import Preprocessing, Split
-from data.streaming import StreamedBatches
 from model.online import Students
-from tests.helpers import ROOT, fail, make_tree, report_of, run_process, succeed
+from tests.helpers import fail, make_tree, report_of, succeed
+from tests.streams import SIZE, epoch_of, same, stream_tree, streamed
 from tests.test_images import bomb
 from utils import options
 from utils.device import Execution
@@ -33,10 +22,6 @@ from utils.job import Job
 from utils.metrics import evaluate
 
 CPU = torch.device("cpu")
-SIZE = 32
-
-
-# --- files
 
 
 def truncated(path):
@@ -49,21 +34,6 @@ DAMAGES = [bomb, truncated, lambda path: path.touch(), lambda path: path.write_b
 
 
 # --- decisions
-
-
-def stream_tree(root, count=6, splits=("train", "test"), classes=("cat", "dog")):
-    """Images of many sizes, PNG and JPEG, gray and in color; returns their paths as `folder` orders them."""
-    generator, paths = np.random.default_rng(0), []
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                height, width = generator.integers(20, 90, 2)
-                pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
-                image = Image.fromarray(pixels[..., 0] if i % 3 == 1 else pixels)
-                paths.append(root / split / name / f"{i:03}.{'jpg' if i % 2 else 'png'}")
-                image.save(paths[-1])
-    return paths
 
 
 @pytest.mark.parametrize(
@@ -124,27 +94,6 @@ def test_validation_split_of_files(tmp_path):
 
 
 # --- batches
-
-
-def streamed(paths, training=True, batch_size=4, workers=0, seed=0, total=10_000):
-    """Batches of these files, in which image i is of class i."""
-    split = Split(np.array([str(path).encode() for path in paths]), np.arange(len(paths)))
-    crop = TrainingCrop(SIZE) if training else EvaluationCrop(Preprocessing((37, 37), (SIZE, SIZE)))
-    normalize = Normalization((0, 0, 0), (1 / 255,) * 3, CPU)
-    return StreamedBatches(
-        split, batch_size, crop, normalize, workers, SkippedImages(total), seed if training else None
-    )
-
-
-def epoch_of(batches, epoch=1):
-    """{class: image} and the classes in their order."""
-    batches.set_epoch(epoch)
-    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    return dict(zip(targets.tolist(), images, strict=True)), targets.tolist()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_evaluation_is_the_center_of_the_resized_image(tmp_path):
@@ -208,19 +157,6 @@ def test_streaming_leaves_the_random_numbers_of_the_networks_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_do_not_depend_on_how_processes_start(tmp_path, method):
-    paths, others = stream_tree(tmp_path / "set", count=2), set(multiprocessing.active_children())
-    epoch_of(streamed(paths, workers=1))  # from now on PyTorch handles SIGCHLD
-    batches = streamed(paths, workers=1)
-    batches.loader.multiprocessing_context = method
-    assert same(epoch_of(batches)[0], epoch_of(streamed(paths))[0])
-    del batches
-    gc.collect()
-    assert set(multiprocessing.active_children()) <= others  # else this process would wait for them when it ends
-
-
 @pytest.mark.parametrize(("count", "sizes"), [(9, [4, 4]), (10, [4, 4, 2]), (4, [4])])
 def test_last_training_batch_is_kept_unless_it_is_a_single_image(tmp_path, count, sizes):
     paths = stream_tree(tmp_path / "set")[:count]
@@ -270,115 +206,6 @@ def test_more_than_one_percent_of_damaged_images_stop_the_run(tmp_path):
     assert len(list(streamed(paths, total=200, workers=1))) == 6
     with pytest.raises(UserError, match=rf"2 of the 199 images cannot be read, more than 1%.* {paths[3]} \(no image\)"):
         list(streamed(paths, training=False, total=199, workers=1))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_machine_is_no_damage(tmp_path, workers):
-    def fail(path, seed):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    batches = streamed(stream_tree(tmp_path / "set"), workers=workers)
-    batches.loader.dataset.crop = fail
-    with pytest.raises(UserError, match=r"^reading images fails: .*Too many open files$"):
-        list(batches)
-
-
-def test_workers_of_an_evaluation_end_with_it(tmp_path):
-    paths, others = stream_tree(tmp_path / "set"), set(multiprocessing.active_children())
-    batches = streamed(paths, training=False, workers=1)
-    list(batches)
-    assert set(multiprocessing.active_children()) <= others
-    broken_off = iter(batches)
-    next(broken_off)
-    assert set(multiprocessing.active_children()) - others
-    broken_off.close()
-    assert set(multiprocessing.active_children()) <= others
-
-
-DEADLY_READING = """
-import os, signal, sys
-from tests.test_streaming import streamed
-from utils.setup import run_script
-
-batches = streamed(sys.argv[1:], workers=1)
-batches.loader.dataset.crop = lambda path, seed: os.kill(os.getpid(), signal.SIGKILL)
-run_script(lambda: list(batches))
-"""
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
-    """As when memory runs out while an image is decoded."""
-    (tmp_path / "script.py").write_text(DEADLY_READING)
-    paths = stream_tree(tmp_path / "set")
-    assert "try fewer --workers" in fail(tmp_path / "script.py", *paths, run=run_process, PYTHONPATH=str(ROOT))
-
-
-FEW_FILES = """
-import errno, sys
-from multiprocessing import Process
-from tests.test_streaming import streamed
-from utils.setup import run_script
-
-def start(process, started=[], start=Process.start):
-    if started:
-        raise OSError(errno.EMFILE, "Too many open files")
-    started.append(process)
-    start(process)
-
-Process.start = start
-run_script(lambda: list(streamed(sys.argv[1:], workers=2)))
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_cannot_start_all_of_its_workers_ends(tmp_path):
-    """In one line, without waiting for those that it started."""
-    (tmp_path / "script.py").write_text(FEW_FILES)
-    paths = stream_tree(tmp_path / "set")
-    error = fail(tmp_path / "script.py", *paths, run=run_process, PYTHONPATH=str(ROOT))
-    assert error == "error: reading images fails: [Errno 24] Too many open files"
-
-
-ENDING = """
-import sys, time
-from multiprocessing import active_children
-from torch.utils.data import _utils
-from tests.test_streaming import streamed
-from utils.interruption import interruption
-
-interruption.catch()
-_utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds to wait for a worker
-end, *paths = sys.argv[1:]
-training, evaluation = streamed(paths, workers=1), streamed(paths, training=False, workers=1)
-iterators = [iter(training), evaluation._loaded(), evaluation._loaded()]
-for iterator in iterators:
-    next(iterator)
-
-stuck = streamed(paths, training=False, workers=1)
-stuck.loader.dataset.crop, stuck.loader.timeout = lambda path, seed: time.sleep(1000), 0.1
-try:
-    next(stuck._loaded())
-except RuntimeError as error:
-    kept = error  # with its traceback, and thus the iterator
-
-del training, evaluation
-print(*(process.pid for process in active_children()), flush=True)
-exec(end)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["sys.exit(3)", "raise ValueError"])
-def test_no_worker_outlives_its_process_or_keeps_it_from_ending(tmp_path, end):
-    """Of iterators that are open, also twice at once, or whose worker is stuck; all of them have SIGTERM blocked."""
-    paths = stream_tree(tmp_path / "set")
-    command = [sys.executable, "-W", "ignore", "-c", ENDING, end, *map(str, paths)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == (3 if "exit" in end else 1), result.stderr
-    workers = result.stdout.split()
-    assert len(workers) == 4, result.stderr
-    assert not [worker for worker in workers if Path("/proc", worker).exists()]
 
 
 class Tiny(nn.Module):
