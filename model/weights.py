@@ -18,11 +18,11 @@ from utils.errors import UserError
 from utils.files import is_state_dict
 
 
-class _Unread(list):
+class _Unread:
     """Stands for a harmless object beside the weights. Its own class is never called, and its values are dropped."""
 
     def __init__(self, *arguments: Any):
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -34,11 +34,12 @@ _UNREAD = {
     **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
     **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath WindowsPath PurePosixPath PureWindowsPath"),
     "builtins": "bool int float str bytes tuple list dict frozenset range slice",
-    **{"argparse": "Namespace", "types": "SimpleNamespace", "collections": "deque", "decimal": "Decimal"},
+    **{"argparse": "Namespace", "types": "SimpleNamespace", "decimal": "Decimal"},
     "datetime": "datetime date time timedelta timezone",
 }
 _STAND_INS = [(_Unread, f"{module}.{name}") for module, names in _UNREAD.items() for name in names.split()]
 _STAND_INS.append((lambda *factory: {}, "collections.defaultdict"))  # which may contain the weights
+_STAND_INS.append((lambda *arguments: [], "collections.deque"))  # torch 2.11 appends to nothing but a list
 
 
 def read_weights(path: Path) -> Any:
