@@ -175,10 +175,10 @@ def empty_test(root):
 
 
 def flatten_test(root):
-    for path in (root / "test").rglob("*.png"):
-        path.rename(root / "test" / f"{path.parent.name}{path.name}")
-    for path in (root / "test").glob("*/"):
-        path.rmdir()
+    for directory in list((root / "test").iterdir()):
+        for path in list(directory.iterdir()):
+            path.rename(root / "test" / f"{directory.name}{path.name}")
+        directory.rmdir()
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,14 @@ def rgb_with_a_transparent_color(path):
 def palette_with_transparency(path):
     """256 colors, each with an opacity of its own."""
     colors = color(256, 1)[0]
-    image = Image.fromarray(gray(), "P")
+    image = Image.frombytes("P", (50, 40), gray().tobytes())
     image.putpalette(colors.tobytes())
     image.save(path, transparency=bytes(range(256)))
     return on_white(np.concatenate([colors, np.arange(256, dtype=np.uint8)[:, None]], 1)[gray()])
 
 
 def cmyk(path):
-    Image.fromarray(color(channels=4), "CMYK").save(path)
+    Image.frombytes("CMYK", (50, 40), color(channels=4).tobytes()).save(path)
     stored = np.asarray(Image.open(path)).astype(int)  # what JPEG made of it
     return (255 - stored[..., :3]) * (255 - stored[..., 3:]) / 255
 
