@@ -140,8 +140,8 @@ FAULTS = [
     Fault("distributed: variance without the means", "utils/distributed.py",
           "variance = (shares * (variances + (means - mean) ** 2)).sum(0)", "variance = (shares * variances).sum(0)",
           "tests/test_distributed.py"),
-    Fault("signals: nothing is saved", "utils/interruption.py", "if not self._deferred:\n                self.end()",
-          "self.end()", "tests/test_signals.py -k deferred"),
+    Fault("signals: nothing is saved", "utils/interruption.py", "if first and not self._deferred:", "if first:",
+          "tests/test_signals.py -k deferred"),
     Fault("options: an unknown flag is ignored", "utils/options.py", "    if unknown:\n", "    if False:\n",
           "tests/test_options.py"),
 ]  # fmt: skip

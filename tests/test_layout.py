@@ -3,6 +3,7 @@
 import ast
 
 import utils
+from tests.faults import FAULTS
 from tests.helpers import ROOT
 
 ROOMS = ("model", "data", "experiment")
@@ -83,3 +84,9 @@ def test_an_import_leaves_the_filters_of_warnings_as_they_are():
         if isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("warnings.")
     }
     assert calls == set()
+
+
+def test_deliberate_faults_can_be_made():
+    for fault in FAULTS:
+        assert (ROOT / fault.path).read_text(encoding="utf-8").count(fault.before) == 1, fault.name
+        assert all((ROOT / word).is_file() for word in fault.tests.split() if word.endswith(".py")), fault.name
