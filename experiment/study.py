@@ -236,16 +236,16 @@ class Runner:
         }
 
 
-def check(out: Path, study: str, data_dir: Path | None) -> bool:
-    """Score the kept networks of a study on its test set; return whether all accuracies are those of the records.
+def check(out: Path, study: str, data_dir: Path | None, only: str = "*") -> bool:
+    """Score the kept networks of the runs `only` on the test set; return whether all have their recorded accuracies.
 
     Raises:
         UserError: no network is kept, or the data is not that of the study.
     """
     recorded = {record["run"]: f"{record['test']:.2f}" for record in trained(read_records(out, study))}
-    paths = sorted(networks_folder(out, study).glob("*.pt"))
+    paths = sorted(networks_folder(out, study).glob(f"{only}.pt"))
     if not paths:
-        raise UserError(f"{networks_folder(out, study)} has no networks to check")
+        raise UserError(f"{networks_folder(out, study)} has no networks '{only}' to check")
     device = pick_device("auto")
     apply_execution(pick_execution("auto", "fp32", device))
     dataset, differ = None, []
@@ -276,13 +276,13 @@ def _commit() -> str | None:
 def main(args: argparse.Namespace) -> None:
     if args.jobs is not None and args.jobs < 1:
         raise UserError("--jobs must be 1 or more")
-    if args.check and not args.study:
-        raise UserError("--check scores the networks of one study: name it, too")
+    if not args.study and (args.check or args.only != "*"):
+        raise UserError("--check and --only are about one study: name it, too")
     if args.study:
         if STUDIES[args.study].data and not args.data_dir:
             raise UserError(f"the study {args.study} needs --data_dir, {STUDIES[args.study].data}")
         if args.check:
-            sys.exit(0 if check(args.out, args.study, args.data_dir) else 1)
+            sys.exit(0 if check(args.out, args.study, args.data_dir, args.only) else 1)
         runner = Runner(args.out, args.data_dir, args.jobs)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -225,6 +225,10 @@ def test_kept_networks_are_scored_again_from_their_files(continued, monkeypatch,
     assert f"depthwise-od-0: recorded {accuracy}, found {accuracy}" in printed
     assert len(printed) == 1 + sum(entry["seed"] == 0 for entry in entries.values())
 
+    with pytest.raises(SystemExit):
+        study.main(study.parse(["tiny", "--out", str(out), "--check", "--only", "depthwise-od-*"]))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
     entries["depthwise-od-0"]["test"] += 1
     monkeypatch.setattr(study, "read_records", lambda *_: list(entries.values()))
     with pytest.raises(SystemExit) as exit_:
