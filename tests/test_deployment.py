@@ -114,12 +114,17 @@ class Fickle(Net):
 """
 
 
-@pytest.mark.slow
-def test_the_report_of_a_run_compares_both_runtimes(tmp_path):
+def exporting_run(tmp_path, network, form):
+    """What a run of one student of a network of FILE prints, and its job_dir."""
     (tmp_path / "net.py").write_text(FILE)
     flags = ("--dataset", "digits", "--arch", tmp_path / "net.py", "--num_epochs", 1, "--num_students", 1)
     job = tmp_path / "job"
-    output = succeed("main.py", *flags, "--teacher_model", "Net", "--export", "onnx", "--job_dir", job)
+    return succeed("main.py", *flags, "--teacher_model", network, "--export", form, "--job_dir", job), job
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_compares_both_runtimes(tmp_path):
+    output, job = exporting_run(tmp_path, "Net", "onnx")
     lines = output.splitlines()
     assert lines[-1] == f"exported {job / 'net_pruned_1.pt'}; more in {job / 'report.md'}"
     assert f"also exported {job / 'net_pruned_1.onnx'}" in lines
@@ -140,10 +145,7 @@ def test_the_report_of_a_run_compares_both_runtimes(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_survives_a_network_that_cannot_be_exported(tmp_path):
-    (tmp_path / "net.py").write_text(FILE)
-    flags = ("--dataset", "digits", "--arch", tmp_path / "net.py", "--num_epochs", 1, "--num_students", 1)
-    job = tmp_path / "job"
-    output = succeed("main.py", *flags, "--teacher_model", "Fickle", "--export", "pt2", "--job_dir", job)
+    output, job = exporting_run(tmp_path, "Fickle", "pt2")
     assert "Failed: not exported as pt2: " in output
     assert output.splitlines()[-1].startswith(f"exported {job / 'net_pruned_1.pt'}")
     assert any("not exported as pt2" in note for note in report_of(job)["notes"])
